@@ -1,0 +1,74 @@
+# The same commands for people and for CI. `make` alone lists them.
+PYTHON ?= python3
+# Devices of `make run` and `make serve`: auto, cpu, cuda:N.
+PREFILL ?= auto
+DECODE ?= auto
+PROMPT ?= Once upon a time
+# Passed on to pytest and to the benchmarks: `make test ARGS="-k health"`.
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+export PREFILL DECODE PROMPT
+
+.DEFAULT_GOAL := help
+.PHONY: help install run serve test test-slow test-all test-gpu bench check protos protos-accept docs
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## .venv with everything the commands here need
+
+$(INSTALLED): pyproject.toml hatch_build.py $(wildcard protos/pdserve/v1/*.proto)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pdserve needs Python 3.11 or later: make install PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: minutes the first time, seconds later"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+run: install ## three services up, one prompt through all of them, and down again (PROMPT=..., PREFILL=cuda:0 DECODE=cuda:1)
+	@$(BIN)/supervisord -c supervisord.conf >.venv/services.log 2>&1 & services=$$!; \
+	trap 'kill $$services 2>/dev/null; wait $$services' EXIT; trap 'exit 130' INT TERM; \
+	$(BIN)/pdserve generate --wait 60 "$$PROMPT" || { status=$$?; cat .venv/services.log; exit $$status; }
+
+serve: install ## the same three services, staying up until Ctrl-C
+	@echo 'router   127.0.0.1:50051   metrics http://127.0.0.1:9101/metrics'
+	@echo 'prefill  127.0.0.1:50052   metrics http://127.0.0.1:9102/metrics'
+	@echo 'decode   127.0.0.1:50053   metrics http://127.0.0.1:9103/metrics'
+	@echo '  $(BIN)/pdserve generate "$(PROMPT)"'
+	@echo '  grpcurl -plaintext -d '"'"'{"prompt": "$(PROMPT)"}'"'"' 127.0.0.1:50051 pdserve.v1.RouterService/Generate'
+	@exec $(BIN)/supervisord -c supervisord.conf
+
+test: install ## every fast test that needs no GPU
+	$(BIN)/pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-slow: install ## the slow tests that need no GPU
+	$(BIN)/pytest -q -m "slow and not gpu" $(ARGS)
+
+test-all: install ## both
+	$(BIN)/pytest -q -m "not gpu" $(ARGS)
+
+test-gpu: install ## tests that need a CUDA device
+	$(BIN)/pytest -q -m gpu $(ARGS)
+
+bench: install ## benchmarks
+	$(BIN)/python -m benchmarks $(ARGS)
+
+check: install ## lint, format, types, import rules, and the contract against the accepted one
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/accepted.yaml
+
+protos: ## regenerate the stubs in pdserve/v1
+	@rm -f $(INSTALLED)
+	@$(MAKE) --no-print-directory install
+
+protos-accept: install ## declare the present protos the contract that later ones must not break
+	$(BIN)/buf build --exclude-source-info -o protos/accepted.yaml
+
+docs: install ## pages that are made from the code
+	$(BIN)/python -m common.metrics_page > docs/metrics.md

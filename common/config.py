@@ -1,0 +1,166 @@
+"""Every setting of the three services, one frozen dataclass each. Every default works on one machine.
+
+`load(RouterConfig, argv)` reads a TOML file and flags (`common.settings` says how). Constructing one checks it too.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from common.address import Address
+from common.settings import ConfigError, load, setting, validate
+
+__all__ = ["ConfigError", "DecodeConfig", "PrefillConfig", "RouterConfig", "ServiceConfig", "WorkerConfig", "load"]
+
+TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """What all services have."""
+
+    role: ClassVar[str]
+
+    listen: str = setting("127.0.0.1:0", "where gRPC listens; port 0 takes any free one", form="listen")
+    metrics_listen: str = setting(
+        "", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
+    )
+    health_listen: str = setting(
+        "", "where health alone is served as well, for probes; empty: nowhere", form="listen or empty"
+    )
+    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "form of a log line, on stderr", choices=("text", "json"))
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(ServiceConfig):
+    """The router: takes prompts, places them on workers, streams text back."""
+
+    role = "router"
+
+    listen: str = setting("127.0.0.1:50051", "where gRPC listens; port 0 takes any free one", form="listen")
+    metrics_listen: str = setting(
+        "127.0.0.1:9101", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
+    )
+    reuse_port: bool = setting(False, "several routers of one machine share `listen`")
+    model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
+    model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
+    prefill: tuple[str, ...] = setting(
+        ("127.0.0.1:50052",), "prefill workers; a name may resolve to many", form="target"
+    )
+    decode: tuple[str, ...] = setting(("127.0.0.1:50053",), "decode workers; a name may resolve to many", form="target")
+    max_request_s: float = setting(600.0, "deadline of a request whose client sets none, in seconds", above=0)
+    max_queue_requests: int = setting(1024, "requests that may queue; one more is RESOURCE_EXHAUSTED", minimum=1)
+    max_queue_tokens: int = setting(1_000_000, "prompt tokens that may queue; more is RESOURCE_EXHAUSTED", minimum=1)
+    max_requests_per_client: int = setting(512, "requests that one client connection may have in flight", minimum=1)
+    max_prompt_tokens: int = setting(0, "longest prompt, in tokens; 0: what the model's context allows", minimum=0)
+    heartbeat_timeout_s: float = setting(2.0, "silence, in seconds, after which a worker is UNREACHABLE", above=0.5)
+    access_log: bool = setting(True, "one line for each finished request")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model_id:
+            object.__setattr__(self, "model_id", Path(self.model).resolve().name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerConfig(ServiceConfig):
+    """What both kinds of worker have."""
+
+    instance_id: str = setting("", "stable name of this worker, unique in the cluster; empty: role-hostname-port")
+
+    model: str = setting(TINY_MODEL, "Hugging Face folder of the model")
+    load_format: str = setting(
+        "auto", "auto: weights from the folder; dummy: seeded random weights", choices=("auto", "dummy")
+    )
+    seed: int = setting(0, "seed of dummy weights; equal on every worker", minimum=0)
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: cuda:0 if there is one, else cpu")
+    dtype: str = setting(
+        "auto",
+        "of weights and KV; auto: the model's own on cuda, float32 on cpu",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    deterministic: bool = setting(False, "on cuda: kernels whose results do not depend on the batch")
+    enforce_eager: bool = setting(False, "on cuda: no CUDA graphs")
+    num_threads: int = setting(0, "torch threads on cpu; 0: torch's own choice", minimum=0)
+
+    block_size: int = setting(16, "token positions in one KV block; equal on every worker", minimum=1, maximum=256)
+    num_blocks: int = setting(0, "KV blocks; 0: as many as fit kv_cache_gib", minimum=0)
+    kv_cache_gib: float = setting(1.0, "memory for KV blocks in GiB, when num_blocks is 0", above=0)
+    prefix_cache: bool = setting(True, "keep the blocks of finished sequences for prompts that begin alike")
+
+    max_batch_tokens: int = setting(2048, "prompt tokens computed in one step, over all prompts", minimum=1)
+    max_num_seqs: int = setting(64, "sequences in one step", minimum=1)
+    max_waiting_requests: int = setting(1024, "requests that may wait; one more is RESOURCE_EXHAUSTED", minimum=1)
+
+    kv_interface: str = setting("127.0.0.1", "address or host name of the one interface that KV transfer binds")
+    max_chunk_bytes: int = setting(
+        4 * 2**20,
+        "largest KV payload shipped at once, in bytes; gloo survives a dead peer only up to 4 MiB",
+        minimum=4096,
+        maximum=4 * 2**20,
+    )
+    staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=1024)
+
+    drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device={self.device!r}: expected auto, cpu, cuda or cuda:N")
+        if not self.block_size <= self.max_batch_tokens:
+            raise ConfigError(
+                f"max_batch_tokens={self.max_batch_tokens}: expected at least block_size={self.block_size}"
+            )
+        if not self.instance_id:
+            name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
+            object.__setattr__(self, "instance_id", name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillConfig(WorkerConfig):
+    """The prefill worker: computes prompts and ships their KV."""
+
+    role = "prefill"
+
+    listen: str = setting("127.0.0.1:50052", "where gRPC listens; port 0 takes any free one", form="listen")
+    metrics_listen: str = setting(
+        "127.0.0.1:9102", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
+    )
+    pair_connect_s: float = setting(5.0, "how long connecting to a decode worker may take, in seconds", above=0)
+    pair_idle_s: float = setting(300.0, "a pair without work for this many seconds is closed", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig(WorkerConfig):
+    """The decode worker: holds reservations, receives KV, puts out tokens."""
+
+    role = "decode"
+
+    listen: str = setting("127.0.0.1:50053", "where gRPC listens; port 0 takes any free one", form="listen")
+    metrics_listen: str = setting(
+        "127.0.0.1:9103", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
+    )
+    pair_endpoint: str = setting(
+        "", "address that prefill workers dial; empty: the one that the router dialled", form="target or empty"
+    )
+    max_num_seqs: int = setting(256, "sequences in one step", minimum=1)
+    max_batch_tokens: int = setting(512, "prompt tokens of local prefill in one step", minimum=1)
+    reservation_wait_s: float = setting(30.0, "how long a reservation waits for blocks, in seconds", above=0)
+
+    decode_pipeline: str = setting(
+        "auto",
+        "attention/FFN pipeline on SM partitions; auto: where it measures faster; static: the split below",
+        choices=("auto", "static", "disabled"),
+    )
+    decode_attention_sm: int = setting(16, "SMs for attention when static", minimum=1)
+    decode_ffn_sm: int = setting(16, "SMs for the FFN when static", minimum=1)
+    decode_pipeline_profiling: bool = setting(False, "time every stage of every step")

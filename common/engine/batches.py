@@ -1,0 +1,60 @@
+"""Builds the model's input from sequences: flat token lists, cache slots and padded block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from common.engine.chunks import Chunk
+from common.model.batch import ForwardBatch
+from common.sequence import Sequence
+
+
+def decode_batch(sequences: Seq[Sequence], *, block_size: int, device: torch.device) -> ForwardBatch:
+    """One query token a sequence: its last one, whose KV is not in the cache yet."""
+    positions = [sequence.num_computed for sequence in sequences]
+    return ForwardBatch.build(
+        token_ids=[sequence.token_ids[-1] for sequence in sequences],
+        positions=positions,
+        slot_mapping=[
+            sequence.block_table[position // block_size] * block_size + position % block_size
+            for sequence, position in zip(sequences, positions, strict=True)
+        ],
+        query_lens=[1] * len(positions),
+        kv_lens=[position + 1 for position in positions],
+        block_tables=[sequence.block_table for sequence in sequences],
+        logit_rows=range(len(positions)),
+        device=device,
+    )
+
+
+def prefill_batch(chunks: Seq[Chunk], *, block_size: int, device: torch.device) -> ForwardBatch:
+    """All positions of all chunks. Logits are wanted for the last position of a last chunk, and for every position of a
+    sequence whose prompt log-probabilities were asked for."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slot_mapping: list[int] = []
+    logit_rows: list[int] = []
+    for sequence, start, end in chunks:
+        row = len(token_ids)
+        token_ids += sequence.token_ids[start:end]
+        positions += range(start, end)
+        slot_mapping += [
+            sequence.block_table[position // block_size] * block_size + position % block_size
+            for position in range(start, end)
+        ]
+        if sequence.request.num_prompt_logprobs is not None:
+            logit_rows += range(row, row + end - start)
+        elif end == sequence.num_tokens:
+            logit_rows.append(row + end - start - 1)
+    return ForwardBatch.build(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        query_lens=[chunk.end - chunk.start for chunk in chunks],
+        kv_lens=[chunk.end for chunk in chunks],
+        block_tables=[chunk.sequence.block_table[: -(-chunk.end // block_size)] for chunk in chunks],
+        logit_rows=logit_rows,
+        device=device,
+    )

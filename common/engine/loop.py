@@ -1,0 +1,90 @@
+"""The engine thread: the one owner of device, KV pool and model.
+
+Everybody else talks to it by submitting calls, which run between two steps in the order they came. Answers go back
+through the callbacks that the calls carry.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+# An idle engine wakes this often to expire what waits and to show that it lives.
+IDLE_WAKE_S = 0.1
+
+
+class EngineLoop(threading.Thread):
+    """Drains its inbox, steps while there is work, sleeps otherwise.
+
+    `step_counter` grows with every turn of the loop and with every layer of a long step: standing still means wedged.
+    """
+
+    def __init__(self, name: str, *, on_crash: Callable[[BaseException], None]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.step_counter = 0
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._on_crash = on_crash
+
+    def submit(self, call: Callable[[], None]) -> None:
+        """Runs `call` in the engine thread before its next step. Thread-safe; never blocks."""
+        with self._wake:
+            self._inbox.append(call)
+            self._wake.notify()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """Ends the loop after the step under way."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self.is_alive():
+            self.join(timeout_s)
+
+    def run(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.turn():
+                    self._sleep()
+        except BaseException as error:
+            log.exception("engine thread died")
+            self._on_crash(error)
+
+    def turn(self) -> bool:
+        """Drains the inbox and makes a step if there is work; returns whether there is more."""
+        while self._inbox:
+            self._inbox.popleft()()
+        self.step_counter += 1
+        if self.has_work():
+            self.step()
+        else:
+            self.idle()
+        self.publish()
+        return self.has_work()
+
+    def has_work(self) -> bool:
+        """A step would move something forward."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """One forward pass and what follows from it."""
+        raise NotImplementedError
+
+    def idle(self) -> None:
+        """Called instead of `step` when there is no work: expire what waits."""
+
+    def publish(self) -> None:
+        """Called after each turn: hand results to the front end."""
+
+    def tick(self, _layer: int = 0) -> None:
+        """Shows life in the middle of a long step."""
+        self.step_counter += 1
+
+    def _sleep(self) -> None:
+        with self._wake:
+            if not self._inbox and not self._stopping:
+                self._wake.wait(IDLE_WAKE_S)

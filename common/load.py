@@ -1,0 +1,54 @@
+"""What a worker tells about its load, and the moving average behind its step time. Knows no tensors."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common.clock import Clock
+
+# Weight of the newest step in the moving average.
+NEWEST = 0.1
+
+
+class Load(NamedTuple):
+    """One snapshot; the counts mean what WatchLoadResponse says."""
+
+    step_counter: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_reserved: int = 0
+    num_waiting_tokens: int = 0
+    step_ms: float = 0.0
+
+    def differs_much_from(self, other: Load) -> bool:
+        """Worth telling at once, rather than with the next heartbeat."""
+        return (
+            self.num_running != other.num_running
+            or self.num_waiting != other.num_waiting
+            or self.num_reserved != other.num_reserved
+            or abs(self.num_free_blocks - other.num_free_blocks) * 20 > max(other.num_free_blocks, 1)
+        )
+
+
+class StepTimer:
+    """Context manager around a step: total and exponentially weighted mean of its duration."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._started_s = 0.0
+        self.mean_ms = 0.0
+        self.last_ms = 0.0
+        self.total_ms = 0.0
+        self.num_steps = 0
+
+    def __enter__(self) -> StepTimer:
+        self._started_s = self._clock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.last_ms = (self._clock() - self._started_s) * 1e3
+        self.mean_ms = self.last_ms if not self.num_steps else self.mean_ms + NEWEST * (self.last_ms - self.mean_ms)
+        self.total_ms += self.last_ms
+        self.num_steps += 1

@@ -1,0 +1,141 @@
+"""Every Prometheus metric of the three services, declared once. `docs/metrics.md` is this file as a table.
+
+Each service makes one instance, with a registry of its own, and changes the metrics directly, as in
+`metrics.aborts.labels(cause="DEADLINE_EXCEEDED").inc()`. A gauge that mirrors a value kept elsewhere uses
+`set_function`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
+
+from common.address import Address
+
+WAIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+STEP_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
+COUNT = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """A registry, and how its metrics are named: pdserve_<group>_<name>. Counters get `_total` appended."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+
+    def _declaring(self, group: str) -> _Declaring:
+        return _Declaring(self.registry, f"pdserve_{group}_")
+
+
+class _Declaring:
+    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
+        self._registry = registry
+        self._prefix = prefix
+
+    def counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(self._prefix + name, help, labels, registry=self._registry)
+
+    def gauge(self, name: str, help: str, *labels: str) -> Gauge:
+        return Gauge(self._prefix + name, help, labels, registry=self._registry)
+
+    def histogram(self, name: str, help: str, *labels: str, buckets: tuple[float, ...] = WAIT_S) -> Histogram:
+        return Histogram(self._prefix + name, help, labels, buckets=buckets, registry=self._registry)
+
+
+class RouterMetrics(Metrics):
+    """What users feel, and what the router sees of its workers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = self._declaring("router")
+        self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
+        self.completions = new.counter("completions", "Completions, by the way their KV came.", "kv_path")
+        self.retries = new.counter("retries", "Attempts given up and begun again, by cause.", "cause")
+        self.resumptions = new.counter("resumptions", "Streams that went on on another worker, by cause.", "cause")
+        self.prompt_tokens = new.counter("prompt_tokens", "Prompt tokens of finished requests.")
+        self.output_tokens = new.counter("output_tokens", "Tokens put out.")
+        self.running_requests = new.gauge("running_requests", "Requests placed on workers.")
+        self.queue_requests = new.gauge("queue_requests", "Requests waiting to be placed.")
+        self.queue_tokens = new.gauge("queue_tokens", "Prompt tokens waiting to be placed.")
+        self.workers = new.gauge("workers", "Workers as this router sees them.", "role", "state")
+        self.degraded = new.gauge("degraded", "1 while no prefill worker is alive: decode workers prefill locally.")
+        self.queue_s = new.histogram("queue_seconds", "Received until placed.")
+        self.first_token_s = new.histogram("time_to_first_token_seconds", "Received until the first token was sent.")
+        self.inter_token_s = new.histogram("inter_token_seconds", "From token to token of a stream.", buckets=STEP_S)
+        self.request_s = new.histogram("request_seconds", "Received until the stream ended.")
+        self.stage_s = new.histogram("stage_seconds", "A request's queue, prefill, kv_transfer, first_decode.", "stage")
+
+
+class WorkerMetrics(Metrics):
+    """What both kinds of worker do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = self._declaring("worker")
+        self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
+        self.aborts = new.counter("aborts", "Requests ended before their time, by cause.", "cause")
+        self.prefix_hit_tokens = new.counter("prefix_cache_hit_tokens", "Prompt tokens whose KV was cached.")
+        self.prefix_miss_tokens = new.counter("prefix_cache_miss_tokens", "Prompt tokens whose KV was not cached.")
+        self.computed_tokens = new.counter("computed_prompt_tokens", "Prompt tokens computed here.")
+        self.output_tokens = new.counter("output_tokens", "Tokens drawn here.")
+        self.running = new.gauge("running_sequences", "Sequences being computed.")
+        self.waiting = new.gauge("waiting_requests", "Requests waiting for room.")
+        self.free_blocks = new.gauge("free_blocks", "KV blocks free, those with a reusable prefix included.")
+        self.cached_blocks = new.gauge("cached_blocks", "Free KV blocks that hold a reusable prefix.")
+        self.total_blocks = new.gauge("total_blocks", "KV blocks in all.")
+        self.pairs = new.gauge("pairs", "Live prefill/decode pairs.")
+        self.pairs_lost = new.counter("pairs_lost", "Pairs that ended without a goodbye.")
+        self.kv_bytes = new.counter("kv_bytes", "KV payload shipped (prefill) or received (decode).", "transport")
+        self.kv_chunks = new.counter("kv_chunks", "KV chunks: OK, FENCED, CORRUPT or INVALID.", "status")
+        self.kv_chunk_s = new.histogram("kv_chunk_seconds", "A chunk announced until acknowledged.", buckets=STEP_S)
+        self.queue_s = new.histogram("queue_seconds", "Received until scheduled (prefill) or reserved (decode).")
+        self.step_s = new.histogram("step_seconds", "One step of the engine.", buckets=STEP_S)
+        self.batch_size = new.histogram("batch_size", "Sequences in one step.", buckets=COUNT)
+
+
+class PrefillMetrics(WorkerMetrics):
+    """What a prefill worker does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = self._declaring("prefill")
+        self.compute_s = new.histogram("compute_seconds", "First chunk scheduled until the first token was known.")
+        self.handover_s = new.histogram("handover_seconds", "First token known until the last acknowledgement.")
+
+
+class DecodeMetrics(WorkerMetrics):
+    """What a decode worker does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        new = self._declaring("decode")
+        self.reservations = new.gauge("reservations", "Reservations promised and not committed.")
+        self.attempts_fenced = new.counter("attempts_fenced", "Attempts cut off by a newer one or by the stream's end.")
+        self.preemptions = new.counter("preemptions", "Running sequences whose blocks went to older ones.")
+        self.local_prefills = new.counter("local_prefills", "Prompts computed here, not by a prefill worker.")
+        self.first_step_s = new.histogram("first_step_seconds", "KV committed until the second token was known.")
+        self.pipeline_active = new.gauge("pipeline_active", "1 while steps run on the attention/FFN pipeline.")
+        self.pipeline_fallbacks = new.counter("pipeline_fallbacks", "Changes to sequential steps, by reason.", "reason")
+
+
+@contextlib.contextmanager
+def exposed(metrics: Metrics, address: str) -> Iterator[None]:
+    """Serves `metrics` over HTTP on HOST:PORT meanwhile; nowhere when `address` is empty.
+
+    Raises OSError naming the address when it cannot listen there.
+    """
+    if not address:
+        yield
+        return
+    where = Address.parse(address)
+    where.check_free()
+    server, thread = start_http_server(where.port, where.host, registry=metrics.registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

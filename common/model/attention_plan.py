@@ -1,0 +1,115 @@
+"""Decides which attention calls a batch becomes, and which cache rows each call reads. Computed once for all layers.
+
+A cache kv_P2BKH is also a list of rows [P * 2 * B, K * H]: position p of a sequence has its key in row
+`block * 2B + p % B` and its value B rows later. Plans are made of such row numbers.
+
+Shapes: S sequences, L positions of the longest of them, Q query tokens of a chunk, B block_size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.model.batch import ForwardBatch
+
+# Keys and values gathered by one decode call: more than a core's L2 cache holds makes the call memory-bound.
+GROUP_BYTES = 1 << 20
+
+
+class DecodeGroup(NamedTuple):
+    """Sequences of one query token each and of similar length: one padded attention call."""
+
+    # Their rows in T; None when the group is the whole batch in order.
+    tokens_S: Tensor | None
+    kv_rows_2SL: Tensor
+    # Added to the scores; None when all are equally long.
+    mask_S11L: Tensor | None
+
+
+class PrefillSpan(NamedTuple):
+    """Consecutive query tokens [start, end) of one sequence: one causal attention call."""
+
+    start: int
+    end: int
+    kv_rows_2L: Tensor
+    # Added to the scores; None when nothing comes before the chunk, so that the mask is a plain triangle.
+    mask_QL: Tensor | None
+
+
+class AttentionPlan(NamedTuple):
+    decode: list[DecodeGroup]
+    prefill: list[PrefillSpan]
+
+
+def plan_attention(batch: ForwardBatch, block_size: int, row_elements: int, dtype: torch.dtype) -> AttentionPlan:
+    """The calls that a batch needs. `row_elements` is K * H, `dtype` that of queries and cache."""
+    spans = list(zip(batch.query_start_S1, batch.query_start_S1[1:], strict=False))
+    decoding = [seq for seq, (start, end) in enumerate(spans) if end - start == 1]
+    groups = group_by_length(decoding, batch.kv_lens, GROUP_BYTES // (2 * row_elements * dtype.itemsize))
+    return AttentionPlan(
+        decode=[_decode_group(batch, group, block_size, dtype) for group in groups],
+        prefill=[
+            _prefill_span(batch, seq, start, end, block_size, dtype)
+            for seq, (start, end) in enumerate(spans)
+            if end - start > 1
+        ],
+    )
+
+
+def group_by_length(sequences: list[int], kv_lens: tuple[int, ...], max_positions: int) -> list[list[int]]:
+    """Cuts sequences, longest first, into groups of at most `max_positions`, padding included, or of one sequence."""
+    longest_first = sorted(sequences, key=lambda seq: -kv_lens[seq])
+    groups: list[list[int]] = []
+    start = 0
+    while start < len(longest_first):
+        end = start + max(1, max_positions // kv_lens[longest_first[start]])
+        groups.append(sorted(longest_first[start:end]))
+        start = end
+    return groups
+
+
+def written_rows(batch: ForwardBatch, block_size: int) -> Tensor:
+    """rows_T2: where each token's key and value go."""
+    key_T = batch.slot_mapping_T + batch.slot_mapping_T // block_size * block_size
+    return torch.stack((key_T, key_T + block_size), 1)
+
+
+def _decode_group(batch: ForwardBatch, group: list[int], block_size: int, dtype: torch.dtype) -> DecodeGroup:
+    kv_len_S, block_table_SP, tokens_S = batch.kv_len_S, batch.block_table_SP, None
+    if len(group) < batch.num_seqs or not batch.decode_only:
+        sequences_S = torch.tensor(group, device=kv_len_S.device)
+        tokens_S = torch.tensor([batch.query_start_S1[seq] for seq in group], device=kv_len_S.device)
+        kv_len_S, block_table_SP = kv_len_S[sequences_S], block_table_SP[sequences_S]
+    lens = [batch.kv_lens[seq] for seq in group]
+    positions_L = torch.arange(max(lens), device=kv_len_S.device)
+    last_S1 = kv_len_S.unsqueeze(1) - 1
+    # Padding reads the sequence's own last row again: a masked NaN from somebody else's block would still be a NaN.
+    kv_rows_2SL = _cache_rows(block_table_SP, torch.minimum(positions_L, last_S1), block_size)
+    mask_S11L = None
+    if min(lens) < max(lens):
+        mask_SL = torch.zeros(len(lens), max(lens), dtype=dtype, device=kv_len_S.device)
+        mask_S11L = mask_SL.masked_fill_(positions_L > last_S1, -torch.inf)[:, None, None]
+    return DecodeGroup(tokens_S, kv_rows_2SL, mask_S11L)
+
+
+def _prefill_span(
+    batch: ForwardBatch, seq: int, start: int, end: int, block_size: int, dtype: torch.dtype
+) -> PrefillSpan:
+    num_queries, kv_len, device = end - start, batch.kv_lens[seq], batch.kv_len_S.device
+    positions_1L = torch.arange(kv_len, device=device).unsqueeze(0)
+    kv_rows_2L = _cache_rows(batch.block_table_SP[seq : seq + 1], positions_1L, block_size)[:, 0]
+    mask_QL = None
+    if num_queries < kv_len:
+        mask_QL = torch.full((num_queries, kv_len), -torch.inf, dtype=dtype, device=device)
+        mask_QL.triu_(kv_len - num_queries + 1)
+    return PrefillSpan(start, end, kv_rows_2L, mask_QL)
+
+
+def _cache_rows(block_table_SP: Tensor, positions_SL: Tensor, block_size: int) -> Tensor:
+    """rows_2SL: key rows, then value rows."""
+    block_SL = block_table_SP.gather(1, positions_SL // block_size)
+    key_SL = block_SL * (2 * block_size) + positions_SL % block_size
+    return torch.stack((key_SL, key_SL + block_size))

@@ -1,0 +1,202 @@
+"""Dense Qwen3, cut into an attention half and an FFN half at every level.
+
+    token ids ─▶ attention 0 ─▶ FFN 0 ─▶ attention 1 ─▶ … ─▶ FFN L-1 ─▶ logits
+
+A half works on one layer of one micro-batch and takes all it needs as arguments, so that two micro-batches can be in
+different halves at once; `forward` is the same halves in a row. Nothing here waits for the device.
+
+Shapes: T tokens, R rows whose logits are wanted, D hidden, F FFN width, V vocabulary, C context; N query heads, K kv
+heads, J = N + K query and key heads, E any of the heads that one projection gives, H head_dim; P blocks, B block_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.model.attention import paged_attention, write_kv
+from common.model.batch import ForwardBatch
+from common.model.config import ModelConfig
+from common.model.rope import RopeRows, norm_and_rotate_, rope_rows, rope_table
+
+if TYPE_CHECKING:
+    from common.engine.kv_cache import KvCache
+
+
+class Activations(NamedTuple):
+    """What one half hands to the next: the residual stream in two parts, so that their sum can be fused with the norm.
+
+    `hidden_TD` is what the last half computed and nobody has added yet; before the first layer there is no residual.
+    """
+
+    hidden_TD: Tensor
+    residual_TD: Tensor | None
+    rope: RopeRows
+
+
+# Token ids before the first half, logits after the last, activations between.
+State = Activations | Tensor
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a Hugging Face checkpoint, and where its values go here (broadcast, where that is larger)."""
+
+    name: str
+    shape: tuple[int, ...]
+    destination: Tensor
+
+
+class Qwen3Layer:
+    """One decoder layer. Query, key and value projections are one matrix, and so are gate and up.
+
+    Weights are plain tensors: nothing trains here, and nn.Module's attribute lookup would show in a small model's step.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        hidden, head_dim = config.hidden_size, config.head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head_dim
+        self.eps = config.rms_norm_eps
+        self.scale = head_dim**-0.5
+        num_qk_heads = self.num_heads + self.num_kv_heads
+        self.attention_norm_D = torch.empty(hidden, dtype=dtype, device=device)
+        self.qkv_weight = empty_matrix((num_qk_heads + self.num_kv_heads) * head_dim, hidden, dtype, device)
+        self.qk_norm_JH = torch.empty(num_qk_heads, head_dim, dtype=dtype, device=device)
+        self.out_weight = empty_matrix(hidden, self.num_heads * head_dim, dtype, device)
+        self.ffn_norm_D = torch.empty(hidden, dtype=dtype, device=device)
+        self.gate_up_weight = empty_matrix(2 * config.intermediate_size, hidden, dtype, device)
+        self.down_weight = empty_matrix(hidden, config.intermediate_size, dtype, device)
+
+    def forward_attention_stage(self, activations: Activations, batch: ForwardBatch, kv_P2BKH: Tensor) -> Activations:
+        """Norm, projections, rotary embedding, KV write, attention, output projection."""
+        normed_TD, residual_TD = add_norm(activations, self.attention_norm_D, self.eps)
+        qkv_TEH = F.linear(normed_TD, self.qkv_weight).view(len(normed_TD), -1, self.head_dim)
+        qk_TJH, kv_TEH = qkv_TEH[:, : len(self.qk_norm_JH)], qkv_TEH[:, self.num_heads :]
+        norm_and_rotate_(qk_TJH, self.qk_norm_JH, self.eps, activations.rope)
+        write_kv(kv_TEH.view(-1, 2, self.num_kv_heads, self.head_dim), kv_P2BKH, batch)
+        attended_TNH = paged_attention(qk_TJH[:, : self.num_heads], kv_P2BKH, batch, self.scale)
+        return Activations(F.linear(attended_TNH.flatten(1), self.out_weight), residual_TD, activations.rope)
+
+    def forward_ffn_stage(self, activations: Activations) -> Activations:
+        """Norm and the gated FFN."""
+        normed_TD, residual_TD = add_norm(activations, self.ffn_norm_D, self.eps)
+        gate_TF, up_TF = F.linear(normed_TD, self.gate_up_weight).chunk(2, -1)
+        return Activations(F.linear(F.silu(gate_TF).mul_(up_TF), self.down_weight), residual_TD, activations.rope)
+
+    def stored_tensors(self, prefix: str) -> Iterator[StoredTensor]:
+        """Every tensor of this layer in a checkpoint."""
+        num_heads, num_kv_heads, head_dim = self.num_heads, self.num_kv_heads, self.head_dim
+        q, k, v = self.qkv_weight.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim])
+        q_norm_NH, k_norm_KH = self.qk_norm_JH.split([num_heads, num_kv_heads])
+        gate, up = self.gate_up_weight.chunk(2)
+        for name, destination in {
+            "input_layernorm": self.attention_norm_D,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": self.out_weight,
+            "post_attention_layernorm": self.ffn_norm_D,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": self.down_weight,
+        }.items():
+            yield StoredTensor(f"{prefix}.{name}.weight", tuple(destination.shape), destination)
+        yield StoredTensor(f"{prefix}.self_attn.q_norm.weight", (head_dim,), q_norm_NH)
+        yield StoredTensor(f"{prefix}.self_attn.k_norm.weight", (head_dim,), k_norm_KH)
+
+
+class Qwen3Model:
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.embedding_VD = empty_matrix(config.vocab_size, config.hidden_size, dtype, device)
+        self.layers = [Qwen3Layer(config, dtype, device) for _ in range(config.num_layers)]
+        self.norm_D = torch.empty(config.hidden_size, dtype=dtype, device=device)
+        self.rope_C2H = rope_table(config.context_length, config.head_dim, config.rope_theta, dtype, device)
+        self.eps = config.rms_norm_eps
+
+    def forward_attention_stage(self, layer: int, state: State, batch: ForwardBatch, kv_cache: KvCache) -> Activations:
+        """One layer's attention half. Layer 0 takes token_ids_T and embeds them, the others take activations."""
+        if isinstance(state, Tensor):
+            assert layer == 0
+            hidden_TD = F.embedding(state, self.embedding_VD)
+            state = Activations(hidden_TD, None, rope_rows(self.rope_C2H, batch.positions_T))
+        return self.layers[layer].forward_attention_stage(state, batch, kv_cache.layers[layer])
+
+    def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
+        """One layer's FFN half. The last layer computes the wanted rows alone and gives them normalised, hidden_RD."""
+        if layer < len(self.layers) - 1:
+            return self.layers[layer].forward_ffn_stage(activations)
+        if batch.logit_rows is not None:
+            rows_R, (hidden_TD, residual_TD, rope) = batch.logit_rows, activations
+            assert residual_TD is not None
+            activations = Activations(hidden_TD.index_select(0, rows_R), residual_TD.index_select(0, rows_R), rope)
+        return add_norm(self.layers[layer].forward_ffn_stage(activations), self.norm_D, self.eps)[0]
+
+    def stored_tensors(self) -> Iterator[StoredTensor]:
+        yield StoredTensor("model.embed_tokens.weight", tuple(self.embedding_VD.shape), self.embedding_VD)
+        for index, layer in enumerate(self.layers):
+            yield from layer.stored_tensors(f"model.layers.{index}")
+        yield StoredTensor("model.norm.weight", tuple(self.norm_D.shape), self.norm_D)
+
+
+class Qwen3ForCausalLM:
+    """The whole model with uninitialised weights; `common.model.loader.load_model` fills them."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.device = device
+        self.model = Qwen3Model(config, dtype, device)
+        self.head_VD = self.model.embedding_VD
+        if not config.tie_word_embeddings:
+            self.head_VD = empty_matrix(config.vocab_size, config.hidden_size, dtype, device)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: ForwardBatch, kv_cache: KvCache, after_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Writes the batch's KV and returns logits_RV (float32) of the rows it asks for.
+
+        `after_layer(layer)` is called, in order, once that layer's KV of this batch is written (on a GPU: enqueued).
+        """
+        state: State = batch.token_ids_T
+        for layer in range(self.config.num_layers):
+            activations = self.forward_attention_stage(layer, state, batch, kv_cache)
+            if after_layer is not None:
+                after_layer(layer)
+            state = self.forward_ffn_stage(layer, activations, batch)
+        assert isinstance(state, Tensor)
+        return state
+
+    def forward_attention_stage(self, layer: int, state: State, batch: ForwardBatch, kv_cache: KvCache) -> Activations:
+        """One layer's attention half of one micro-batch; writes that layer's KV. Layer 0 takes token_ids_T."""
+        return self.model.forward_attention_stage(layer, state, batch, kv_cache)
+
+    def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
+        """One layer's FFN half of one micro-batch: touches no KV. The last layer gives logits_RV (float32)."""
+        state = self.model.forward_ffn_stage(layer, activations, batch)
+        return F.linear(state, self.head_VD).float() if isinstance(state, Tensor) else state
+
+    def stored_tensors(self) -> Iterator[StoredTensor]:
+        """Every tensor that a checkpoint of this model has, under its Hugging Face name."""
+        yield from self.model.stored_tensors()
+        if not self.config.tie_word_embeddings:
+            yield StoredTensor("lm_head.weight", tuple(self.head_VD.shape), self.head_VD)
+
+
+def add_norm(activations: Activations, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds the pending half to the residual stream; returns (normed_TD, residual_TD)."""
+    hidden_TD, residual_TD, _ = activations
+    residual_TD = hidden_TD if residual_TD is None else residual_TD + hidden_TD
+    return F.rms_norm(residual_TD, weight_D.shape, weight_D, eps), residual_TD
+
+
+def empty_matrix(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A weight [out, in]. In float32 on a CPU its memory runs along `out`, where products of a few rows are faster."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return torch.empty(num_in, num_out, dtype=dtype).t()
+    return torch.empty(num_out, num_in, dtype=dtype, device=device)

@@ -1,0 +1,373 @@
+"""The decode engine: owns reservations, KV blocks and the batch, and turns committed KV into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from common.clock import Clock
+from common.engine.batches import decode_batch
+from common.engine.kv_cache import KvCache
+from common.engine.loop import EngineLoop
+from common.engine.prefiller import FirstToken, Prefiller, add_to_state
+from common.engine.sampler import NonFiniteLogits, Sampler
+from common.engine.sampling_state import SamplingState
+from common.errors import Internal, PdserveError
+from common.load import Load, StepTimer
+from common.metrics import DecodeMetrics
+from common.model.config import ModelConfig
+from common.params import TokenLogprob
+from common.sequence import Sequence
+from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
+from decode_service.pipeline import PipelineScheduler
+from decode_service.reservations import Reservation, State, Verdict
+from decode_service.scheduler import DecodeScheduler, Plan
+
+
+class Reserved(NamedTuple):
+    reservation: int
+    attempt: int
+    num_cached_tokens: int
+    queue_ms: float
+
+
+class Lost(NamedTuple):
+    """The attempt is over; `preempted` or else its pair broke."""
+
+    attempt: int
+    preempted: bool
+    detail: str
+
+
+class Token(NamedTuple):
+    token_id: int
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Completed(NamedTuple):
+    """The last event. `stop_token_id` is set when a stop token ended it, `by_length` when a limit did."""
+
+    by_length: bool
+    stop_token_id: int | None
+    num_output_tokens: int
+    kv_path: Verdict
+    kv_bytes: int
+    kv_transport: str
+    first_decode_ms: float
+    num_cached_tokens: int
+    local_prefill_ms: float
+
+
+Event = Reserved | Lost | Token | Completed | PdserveError
+# Called from the engine thread once a turn, with everything that happened, in order.
+OnEvents = Callable[[list[tuple[Sequence, Event]]], None]
+
+
+class DecodeEngine(EngineLoop):
+    """Implements the transport's KvSink: chunks and commits come from the pairs' threads, are judged and written here."""
+
+    def __init__(
+        self,
+        scheduler: DecodeScheduler,
+        prefiller: Prefiller,
+        pipeline: PipelineScheduler,
+        cache: KvCache,
+        *,
+        config: ModelConfig,
+        context_length: int,
+        clock: Clock,
+        metrics: DecodeMetrics,
+        on_events: OnEvents,
+        on_load: Callable[[Load], None],
+        on_crash: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__("decode-engine", on_crash=on_crash)
+        self.scheduler = scheduler
+        self.pipeline = pipeline
+        self._prefiller = prefiller
+        self._cache = cache
+        self._num_layers = config.num_layers
+        self._context_length = context_length
+        self._device = cache.device
+        self._clock = clock
+        self._on_events = on_events
+        self._on_load = on_load
+        self._metrics = metrics
+        # Tells a pair's sender to stop working for an attempt.
+        self.on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
+        self._sampler = Sampler()
+        self._state = SamplingState(scheduler.max_num_seqs, config.vocab_size, cache.device)
+        self._events: list[tuple[Sequence, Event]] = []
+        self._reservation_of: dict[Sequence, Reservation] = {}
+        self._step_timer = StepTimer(clock)
+        # A pair's transport, as the serving path names it.
+        self.transport_of: Callable[[int], str] = lambda pair_id: ""
+
+    def has_work(self) -> bool:
+        return self.scheduler.can_step
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule()
+        self._announce(plan)
+        with self._step_timer:
+            if plan.chunks:
+                self._prefill(plan)
+            if plan.decoding:
+                self._decode(plan.decoding)
+        self._metrics.step_s.observe(self._step_timer.last_ms / 1e3)
+
+    def idle(self) -> None:
+        self._announce(self.scheduler.schedule())
+
+    def publish(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._on_events(events)
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        self._on_load(
+            Load(
+                step_counter=self.step_counter,
+                num_free_blocks=pool.num_free,
+                num_cached_blocks=pool.num_cached,
+                num_running=scheduler.num_running,
+                num_waiting=scheduler.num_waiting,
+                num_reserved=scheduler.num_filling,
+                num_waiting_tokens=scheduler.num_waiting_tokens,
+                step_ms=self._step_timer.mean_ms,
+            )
+        )
+
+    # The front end speaks of sequences; each of these takes effect between two steps.
+
+    def open(self, sequence: Sequence, *, local: bool) -> None:
+        """Asks for a reservation; events tell what becomes of it."""
+        self.submit(partial(self._open, sequence, local))
+
+    def retry(self, sequence: Sequence, attempt: int, *, local: bool) -> None:
+        """Gives up an attempt and asks for the next."""
+        self.submit(partial(self._retry, sequence, attempt, local))
+
+    def finish(self, sequence: Sequence) -> None:
+        """The router has matched a stop string."""
+        self.submit(partial(self._finish, sequence))
+
+    def close(self, sequence: Sequence) -> None:
+        """The stream is over: nothing of the sequence remains."""
+        self.submit(partial(self._close, sequence))
+
+    # The pairs' threads speak of attempts (KvSink).
+
+    def attempt_begun(self, pair_id: int, key: AttemptKey) -> None:
+        self.submit(partial(self._begin, pair_id, key))
+
+    def chunk_landed(
+        self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Callable[[TransferStatus, str], None]
+    ) -> None:
+        self.submit(partial(self._write, pair_id, header, payload, done))
+
+    def commit_received(self, pair_id: int, commit: Commit, done: Callable[[TransferStatus, str], None]) -> None:
+        self.submit(partial(self._commit, pair_id, commit, done))
+
+    def attempt_abandoned(self, pair_id: int, key: AttemptKey) -> None:
+        """The router hears it from the Prefill call and retries; nothing to undo."""
+
+    def pair_lost(self, pair_id: int, reason: str) -> None:
+        self.submit(partial(self._lose_pair, pair_id, reason))
+
+    def check(self) -> None:
+        """Proves that no block leaked. Call between steps."""
+        self.scheduler.check()
+
+    def _open(self, sequence: Sequence, local: bool) -> None:
+        try:
+            self._reservation_of[sequence] = self.scheduler.open(sequence, local=local)
+        except PdserveError as error:
+            self._events.append((sequence, error))
+
+    def _retry(self, sequence: Sequence, attempt: int, local: bool) -> None:
+        reservation = self._reservation_of.get(sequence)
+        if reservation is not None:
+            pair_id, key = reservation.pair_id, reservation.key
+            if self.scheduler.retry(reservation, attempt, local=local):
+                self._prefiller.forget(sequence)
+                self._tell_gone(pair_id, key)
+
+    def _finish(self, sequence: Sequence) -> None:
+        reservation = self._reservation_of.get(sequence)
+        if reservation is not None:
+            self._complete(reservation, by_length=False, stop_token_id=None)
+
+    def _close(self, sequence: Sequence) -> None:
+        reservation = self._reservation_of.get(sequence)
+        if reservation is not None:
+            self._end(reservation)
+
+    def _announce(self, plan: Plan) -> None:
+        for reservation, error in plan.failed:
+            self._tell_gone(reservation.pair_id, reservation.key)
+            self._release(reservation)
+            del self._reservation_of[reservation.sequence]
+            self._events.append((reservation.sequence, error))
+        for reservation in plan.preempted:
+            self._release(reservation)
+            detail = "its KV blocks went to older sequences"
+            self._events.append((reservation.sequence, Lost(reservation.attempt, True, detail)))
+            self._metrics.preemptions.inc()
+        for reservation in plan.reserved:
+            cached = reservation.num_cached_blocks * self.scheduler.pool.block_size
+            queue_ms = (self._clock() - reservation.queued_s) * 1e3
+            self._metrics.queue_s.observe(queue_ms / 1e3)
+            self._metrics.prefix_hit_tokens.inc(cached)
+            self._metrics.prefix_miss_tokens.inc(reservation.sequence.num_tokens - cached)
+            self._events.append((reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms)))
+
+    def _prefill(self, plan: Plan) -> None:
+        started = self._clock()
+        first_tokens = self._prefiller.run(plan.chunks, self.tick)
+        elapsed_ms = (self._clock() - started) * 1e3
+        for chunk in plan.chunks:
+            self._reservation_of[chunk.sequence].local_prefill_ms += elapsed_ms
+        self._metrics.computed_tokens.inc(sum(chunk.end - chunk.start for chunk in plan.chunks))
+        self._metrics.local_prefills.inc(len(first_tokens))
+        for sequence, first_token in first_tokens.items():
+            reservation = self._reservation_of[sequence]
+            if isinstance(first_token, PdserveError):
+                self._fail(reservation, first_token)
+            else:
+                self._join(reservation, first_token)
+
+    def _decode(self, decoding: list[Reservation]) -> None:
+        # A local prefill cannot end a running sequence, so the plan still holds.
+        sequences = [reservation.sequence for reservation in decoding]
+        batch = decode_batch(sequences, block_size=self.scheduler.pool.block_size, device=self._device)
+        logits_SV = self.pipeline.decode_token(batch)
+        slots = [reservation.slot for reservation in decoding]
+        faulty: tuple[int, ...] = ()
+        try:
+            sampled = self._sampler.sample(logits_SV, self._state, slots, batch.positions_T + 1)
+        except NonFiniteLogits as error:
+            sampled, faulty = error.sampled, error.rows
+        self._metrics.batch_size.observe(len(decoding))
+        self._metrics.output_tokens.inc(len(decoding))
+        now = self._clock()
+        for row in faulty:
+            self._fail(decoding[row], Internal("the model's logits hold NaN or infinity", reason="NON_FINITE_LOGITS"))
+        for reservation, token_id, logprob in zip(decoding, sampled.token_ids, sampled.logprobs, strict=True):
+            if reservation.state is State.ENDED:
+                continue
+            self.scheduler.advance(reservation, token_id)
+            if not reservation.first_decode_ms:
+                reservation.first_decode_ms = (now - reservation.committed_s) * 1e3
+                self._metrics.first_step_s.observe(reservation.first_decode_ms / 1e3)
+            self._put_out(reservation, Token(token_id, logprob))
+
+    def _join(self, reservation: Reservation, first_token: FirstToken) -> None:
+        self.scheduler.commit(reservation, first_token.token_id)
+        add_to_state(self._state, reservation.slot, reservation.sequence)
+        self._put_out(reservation, Token(*first_token))
+
+    def _put_out(self, reservation: Reservation, token: Token) -> None:
+        self._events.append((reservation.sequence, token))
+        sequence = reservation.sequence
+        stopping = sequence.request.stopping
+        if token.token_id in sequence.stop_token_ids and sequence.num_output_tokens >= max(stopping.min_tokens, 1):
+            self._complete(reservation, by_length=False, stop_token_id=token.token_id)
+        elif sequence.num_output_tokens >= stopping.max_tokens or sequence.num_tokens >= self._context_length:
+            self._complete(reservation, by_length=True, stop_token_id=None)
+
+    def _complete(self, reservation: Reservation, *, by_length: bool, stop_token_id: int | None) -> None:
+        self._events.append(
+            (
+                reservation.sequence,
+                Completed(
+                    by_length=by_length,
+                    stop_token_id=stop_token_id,
+                    num_output_tokens=reservation.sequence.num_output_tokens,
+                    kv_path=reservation.kv_path,
+                    kv_bytes=reservation.kv_bytes,
+                    kv_transport=reservation.kv_transport,
+                    first_decode_ms=reservation.first_decode_ms,
+                    num_cached_tokens=reservation.num_local_cached_tokens,
+                    local_prefill_ms=reservation.local_prefill_ms,
+                ),
+            )
+        )
+        self._end(reservation)
+
+    def _fail(self, reservation: Reservation, error: PdserveError) -> None:
+        self._events.append((reservation.sequence, error))
+        self._end(reservation)
+
+    def _end(self, reservation: Reservation) -> None:
+        pair_id, key = (
+            (reservation.pair_id, reservation.key) if reservation.state is State.FILLING else (None, reservation.key)
+        )
+        self.scheduler.end(reservation)
+        self._release(reservation)
+        del self._reservation_of[reservation.sequence]
+        self._tell_gone(pair_id, key)
+
+    def _release(self, reservation: Reservation) -> None:
+        """Drops what the engine keeps beside the scheduler's books."""
+        if reservation.slot >= 0:
+            self._state.remove(reservation.slot)
+            reservation.slot = -1
+        self._prefiller.forget(reservation.sequence)
+
+    def _tell_gone(self, pair_id: int | None, key: AttemptKey) -> None:
+        if pair_id is not None:
+            self._metrics.attempts_fenced.inc()
+            self.on_gone(pair_id, key)
+
+    def _begin(self, pair_id: int, key: AttemptKey) -> None:
+        reservation = self.scheduler.reservations.get(key.reservation)
+        if reservation is None or reservation.judge_key(key)[0] is not TransferStatus.OK:
+            self.on_gone(pair_id, key)
+        else:
+            reservation.pair_id = pair_id
+            reservation.kv_transport = self.transport_of(pair_id)
+
+    def _write(
+        self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Callable[[TransferStatus, str], None]
+    ) -> None:
+        """The fence check and the scatter are one step of this thread: nothing can come between them."""
+        reservation = self.scheduler.reservations.get(header.key.reservation)
+        if reservation is None:
+            done(TransferStatus.FENCED, f"reservation {header.key.reservation} is gone")
+            return
+        status, detail = reservation.judge_chunk(
+            header,
+            num_layers=self._num_layers,
+            block_bytes=self._cache.block_bytes,
+            num_blocks=self.scheduler.num_prompt_blocks(reservation),
+        )
+        if status is TransferStatus.OK:
+            blocks = reservation.sequence.block_table[header.first_block : header.first_block + header.num_blocks]
+            self._cache.scatter(header.first_layer, header.num_layers, blocks, payload)
+            reservation.record(header)
+            self._metrics.kv_bytes.labels(transport=reservation.kv_transport).inc(header.num_bytes)
+        done(status, detail)
+
+    def _commit(self, pair_id: int, commit: Commit, done: Callable[[TransferStatus, str], None]) -> None:
+        reservation = self.scheduler.reservations.get(commit.key.reservation)
+        if reservation is None:
+            done(TransferStatus.FENCED, f"reservation {commit.key.reservation} is gone")
+            return
+        status, detail = reservation.judge_commit(
+            commit, num_layers=self._num_layers, num_blocks=self.scheduler.num_prompt_blocks(reservation)
+        )
+        done(status, detail)
+        if status is TransferStatus.OK:
+            self._join(
+                reservation, FirstToken(commit.first_token_id, commit.first_token_logprob, commit.prompt_logprobs)
+            )
+
+    def _lose_pair(self, pair_id: int, reason: str) -> None:
+        for reservation in list(self.scheduler.reservations.values()):
+            if reservation.pair_id == pair_id and reservation.state is State.FILLING:
+                self.scheduler.lose(reservation)
+                self._events.append((reservation.sequence, Lost(reservation.attempt, False, reason)))

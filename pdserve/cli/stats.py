@@ -1,0 +1,71 @@
+"""`pdserve stats`: the attention/FFN pipeline of one decode worker."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from pdserve.cli.arguments import address
+from pdserve.cli.failures import one_line
+from pdserve.results import PipelineStats
+from pdserve.worker_client import WorkerClient
+
+_REASONS = {
+    "DISABLED": "the mode says so",
+    "NO_SM_PARTITIONS": "the device cannot be split into SM partitions",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decode",
+        type=address,
+        default="127.0.0.1:50053",
+        metavar="HOST:PORT",
+        help="the decode worker to ask (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+@one_line
+async def run(args: argparse.Namespace) -> int:
+    async with WorkerClient(args.decode) as worker:
+        stats = await worker.get_pipeline_stats()
+    if args.json:
+        print(json.dumps(dataclasses.asdict(stats)))
+    else:
+        print("Pipeline statistics", *_figures(stats), *_state(stats), sep="\n  ")
+    return 0
+
+
+def _figures(stats: PipelineStats) -> list[str]:
+    return [
+        f"Total tokens: {stats.total_tokens}",
+        f"Avg attention time: {stats.attention_ms:.2f} ms",
+        f"Avg FFN time: {stats.ffn_ms:.2f} ms",
+        f"Avg total time: {stats.total_ms:.2f} ms",
+        f"Attention SMs: {stats.attention_sm}",
+        f"FFN SMs: {stats.ffn_sm}",
+    ]
+
+
+def _state(stats: PipelineStats) -> list[str]:
+    lines = [f"Mode: {stats.mode.lower()}", f"Active: {_active(stats)}", _steps(stats)]
+    if (stats.attention_sm_asked, stats.ffn_sm_asked) != (stats.attention_sm, stats.ffn_sm):
+        lines.append(f"SMs asked for: {stats.attention_sm_asked} attention, {stats.ffn_sm_asked} FFN")
+    return lines
+
+
+def _active(stats: PipelineStats) -> str:
+    if stats.active:
+        return "yes"
+    words = _REASONS.get(stats.fallback_reason)
+    reason = f"{stats.fallback_reason}: {words}" if words else stats.fallback_reason
+    return f"no, attention and FFN take turns on the whole device ({reason})"
+
+
+def _steps(stats: PipelineStats) -> str:
+    if stats.num_profiled_steps:
+        return f"Steps: {stats.num_steps}, {stats.num_profiled_steps} of them profiled"
+    return f"Steps: {stats.num_steps}, none profiled (attention and FFN times need decode_pipeline_profiling)"

@@ -1,0 +1,179 @@
+"""What the services answer, as values. Enumerations are their names without the prefix: "STOP", "REMOTE", "DECODE".
+
+Fields mean what the messages of the same names in `protos/pdserve/v1/` say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from common import wire
+from common.params import TokenLogprob
+from pdserve.v1 import decode_pb2, router_pb2, types_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Some more output. The texts of all chunks, joined, are the completion."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one completion."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPath:
+    """Which way a request went. Times in milliseconds."""
+
+    prefill_worker: str
+    decode_worker: str
+    kv_path: str
+    kv_bytes: int
+    kv_transport: str
+    queue_ms: float
+    prefill_ms: float
+    kv_transfer_ms: float
+    first_decode_ms: float
+    num_resumptions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """The end of the output. At most one of `stop_string` and `stop_token_id` is set, when the reason is "STOP"."""
+
+    request_id: str
+    finish_reason: str
+    stop_string: str | None
+    stop_token_id: int | None
+    usage: Usage
+    path: ServingPath
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model that a router serves."""
+
+    model_id: str
+    context_length: int
+    vocab_size: int
+    has_tokenizer: bool
+    protocol_version: int
+    model_fingerprints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker as a router sees it."""
+
+    role: str
+    address: str
+    instance_id: str
+    boot_id: str
+    state: str
+    num_free_blocks: int
+    num_total_blocks: int
+    num_cached_blocks: int
+    num_running: int
+    num_waiting: int
+    num_pairs: int
+    model_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """Every worker that a router knows; `degraded`: no prefill worker is alive, so decode workers prefill locally."""
+
+    workers: tuple[Worker, ...]
+    degraded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineStats:
+    """The attention/FFN pipeline of a decode worker. Times in milliseconds, of one step of the whole batch."""
+
+    mode: str
+    active: bool
+    fallback_reason: str
+    total_tokens: int
+    attention_ms: float
+    ffn_ms: float
+    total_ms: float
+    attention_sm_asked: int
+    attention_sm: int
+    ffn_sm_asked: int
+    ffn_sm: int
+    num_steps: int
+    num_profiled_steps: int
+
+
+def event_from_proto(message: router_pb2.GenerateResponse, request_id: str) -> Chunk | Completion | None:
+    """None for an event that this version does not know."""
+    match message.WhichOneof("event"):
+        case "chunk":
+            chunk = message.chunk
+            return Chunk(
+                request_id=request_id,
+                token_ids=tuple(chunk.token_ids),
+                text=chunk.text,
+                logprobs=tuple(wire.logprob_from_proto(one) for one in chunk.logprobs),
+                prompt_logprobs=tuple(wire.logprob_from_proto(one) for one in chunk.prompt_logprobs),
+            )
+        case "completion":
+            end = message.completion
+            return Completion(
+                request_id=request_id,
+                finish_reason=_name(types_pb2.FinishReason, end.finish_reason, "FINISH_REASON_"),
+                stop_string=end.stop_string if end.HasField("stop_string") else None,
+                stop_token_id=end.stop_token_id if end.HasField("stop_token_id") else None,
+                usage=Usage(**_fields(Usage, end.usage)),
+                path=_path_from_proto(end.path),
+            )
+    return None
+
+
+def model_from_proto(message: router_pb2.GetModelResponse) -> Model:
+    return Model(**_fields(Model, message) | {"model_fingerprints": tuple(message.model_fingerprints)})
+
+
+def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
+    return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded)
+
+
+def pipeline_stats_from_proto(message: decode_pb2.GetPipelineStatsResponse) -> PipelineStats:
+    mode = _name(decode_pb2.PipelineMode, message.mode, "PIPELINE_MODE_")
+    return PipelineStats(**_fields(PipelineStats, message) | {"mode": mode})
+
+
+def _path_from_proto(message: types_pb2.ServingPath) -> ServingPath:
+    return ServingPath(
+        **_fields(ServingPath, message) | {"kv_path": _name(types_pb2.KvPath, message.kv_path, "KV_PATH_")}
+    )
+
+
+def _worker_from_proto(message: router_pb2.Worker) -> Worker:
+    role = _name(types_pb2.Role, message.role, "ROLE_")
+    state = _name(types_pb2.WorkerState, message.state, "WORKER_STATE_")
+    return Worker(**_fields(Worker, message) | {"role": role, "state": state})
+
+
+def _fields(cls: type, message: Any) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(cls)}
+
+
+def _name(enum: Any, value: int, prefix: str) -> str:
+    """The number itself when a newer service sends a value that this version does not know."""
+    known = enum.DESCRIPTOR.values_by_number.get(value)
+    return known.name.removeprefix(prefix) if known else str(value)

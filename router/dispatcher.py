@@ -1,0 +1,171 @@
+"""From the queue to a decode worker: requests leave it when a worker has room, so overload waits here and not there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import NamedTuple
+
+from common.clock import Clock
+from common.errors import PdserveError, Unavailable
+from router.failures import Failures
+from router.fleet import Fleet
+from router.placement import Choice, Demand, choose_decode, remember
+from router.queue import RequestQueue, Ticket
+from router.request import Request
+from router.workers import Identity, Share, Worker
+
+log = logging.getLogger(__name__)
+
+# How often the queue is searched for requests that are late.
+SWEEP_S = 0.05
+
+
+class Placement(NamedTuple):
+    """A decode worker, as it was when it was chosen, and what the request takes of it."""
+
+    worker: Worker
+    generation: int
+    identity: Identity
+    share: Share
+
+
+class _Waiting(NamedTuple):
+    demand: Demand
+    placed: asyncio.Future[Placement]
+
+    @property
+    def was_placed(self) -> bool:
+        return self.placed.done() and not self.placed.cancelled() and self.placed.exception() is None
+
+
+class Dispatcher:
+    """Belongs to the event loop. `wake` it whenever a worker may have more room."""
+
+    def __init__(self, queue: RequestQueue, fleet: Fleet, clock: Clock) -> None:
+        self.queue = queue
+        self._fleet = fleet
+        self._clock = clock
+        self._waiting: dict[Ticket, _Waiting] = {}
+        self._sweep: asyncio.TimerHandle | None = None
+        # Since when no decode worker takes new work.
+        self._stranded_since_s: float | None = None
+        self._changed = asyncio.Event()
+
+    async def place(self, request: Request) -> Placement:
+        """A decode worker with room for `request`, waiting for one in the queue.
+
+        Raises:
+            ResourceExhausted: the queue is full.
+            DeadlineExceeded: its time is up, or would be.
+            Unavailable: no decode worker takes new work.
+        """
+        if not self._fleet.can_serve:
+            raise self._nobody_serves()
+        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)
+        if not len(self.queue) and (placement := self._place_now(demand)):
+            return placement
+        ticket = self.queue.join(request)
+        waiting = self._waiting[ticket] = _Waiting(demand, asyncio.get_running_loop().create_future())
+        self._arm()
+        try:
+            return await waiting.placed
+        except asyncio.CancelledError:
+            if waiting.was_placed:
+                waiting.placed.result().share.end()
+                self.wake()
+            raise
+        finally:
+            self._forget(ticket)
+
+    async def place_again(self, demand: Demand, failures: Failures, *, wait_s: float) -> Placement | None:
+        """Another decode worker for a request that lost its own: one with room if there is one, else any.
+
+        None: none has come up within `wait_s`.
+        """
+        until_s = self._clock() + wait_s
+        while True:
+            changed = self._changed
+            exclude = failures.excluded
+            placement = self._place_now(demand, exclude) or self._place_now(demand, exclude, only_with_room=False)
+            left_s = until_s - self._clock()
+            if placement is not None or left_s <= 0:
+                return placement
+            try:
+                async with asyncio.timeout(left_s):
+                    await changed.wait()
+            except TimeoutError:
+                return None
+
+    def wake(self) -> None:
+        """Gives those at the head of the queue to workers that have room."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+        while (ticket := self.queue.head) is not None:
+            waiting = self._waiting[ticket]
+            if waiting.placed.cancelled():
+                self._forget(ticket)
+                continue
+            placement = self._place_now(waiting.demand)
+            if placement is None:
+                return
+            self.queue.take(ticket)
+            waiting.placed.set_result(placement)
+
+    def _place_now(
+        self, demand: Demand, exclude: list[Worker] | None = None, *, only_with_room: bool = True
+    ) -> Placement | None:
+        choice = choose_decode(
+            self._fleet.decode,
+            demand,
+            prefill_kinds=self._fleet.prefill_kinds,
+            exclude=exclude or (),
+            only_with_room=only_with_room,
+        )
+        return None if choice is None else self._take(choice, demand)
+
+    def _take(self, choice: Choice, demand: Demand) -> Placement:
+        log.debug("decode goes to %s", choice)
+        remember(choice, demand)
+        identity = choice.worker.identity
+        assert identity is not None, "a serving worker has been met"
+        num_blocks = demand.num_blocks(identity) - choice.num_cached_blocks
+        share = choice.worker.take(num_blocks=num_blocks)
+        return Placement(choice.worker, choice.worker.generation, identity, share)
+
+    def _arm(self) -> None:
+        if self._sweep is None and len(self.queue):
+            self._sweep = asyncio.get_running_loop().call_later(SWEEP_S, self._drop_late)
+
+    def _drop_late(self) -> None:
+        self._sweep = None
+        for ticket, error in self.queue.drop_late():
+            self._fail(ticket, error)
+        if self._is_stranded():
+            for ticket in list(self.queue):
+                self._fail(ticket, self._nobody_serves())
+        self._arm()
+
+    def _fail(self, ticket: Ticket, error: PdserveError) -> None:
+        waiting = self._waiting[ticket]
+        if not waiting.placed.done():
+            waiting.placed.set_exception(error)
+        self._forget(ticket)
+
+    def _forget(self, ticket: Ticket) -> None:
+        self._waiting.pop(ticket, None)
+        if ticket in self.queue:
+            self.queue.leave(ticket)
+
+    def _is_stranded(self) -> bool:
+        """No decode worker takes new work, and that is more than a hiccup."""
+        if self._fleet.can_serve:
+            self._stranded_since_s = None
+            return False
+        if self._stranded_since_s is None:
+            self._stranded_since_s = self._clock()
+        return self._clock() - self._stranded_since_s >= self._fleet.heartbeat_timeout_s
+
+    def _nobody_serves(self) -> PdserveError:
+        states = "; ".join(f"{one.address} is {one.state.value} {one.reason}".strip() for one in self._fleet.decode)
+        return Unavailable(f"no decode worker takes new work: {states}", retry_after_s=1.0, reason="NO_WORKER")

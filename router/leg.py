@@ -1,0 +1,240 @@
+"""One reservation on one decode worker, and the attempts to fill it. A request's life is one leg, unless a worker dies.
+
+    open ──▶ reserved(n) ──▶ Prefill at some prefill worker ──▶ chunks ──▶ completion
+                 ▲                     │ fails                    │ preempted, pair lost
+                 │                     ▼                          ▼
+                 └───────────────── retry(n) ◀──────────── prefill_needed(n)
+
+Without a prefill worker, open and retry ask decode to compute the prompt itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from enum import Enum
+from functools import partial
+from types import TracebackType
+
+from common.errors import DeadlineExceeded, Unavailable
+from router.attempt import Attempt, PrefillFailed
+from router.decode_stream import (
+    Chunk,
+    DecodeCompletion,
+    DecodeStream,
+    Event,
+    KvPath,
+    PrefillNeeded,
+    Reserved,
+    StreamLost,
+    opening,
+)
+from router.dispatcher import Placement
+from router.failures import Failures
+from router.inbox import Inbox
+from router.output import Ending, Output
+from router.parts import Parts
+from router.path import PathRecord
+from router.placement import Demand, choose_prefill, remember, usable_workers
+from router.prefill_call import prefill
+from router.request import Request
+
+log = logging.getLogger(__name__)
+
+# Decode may complete before the prefill worker's answer is here; this is how long it is waited for.
+PREFILL_ANSWER_S = 1.0
+
+
+class State(Enum):
+    # No attempt runs: decode was asked for one.
+    ASKED = "asked"
+    # The KV is on its way.
+    FILLING = "filling"
+    # Tokens come.
+    RUNNING = "running"
+
+
+class Leg:
+    """A context manager: the stream, the Prefill call and what they take of both workers end with it."""
+
+    def __init__(
+        self,
+        request: Request,
+        output: Output,
+        placement: Placement,
+        parts: Parts,
+        path: PathRecord,
+        failures: Failures,
+    ) -> None:
+        self.identity = placement.identity
+        self._worker = placement.worker
+        self._share = placement.share
+        self._request = request
+        self._output = output
+        self._fleet = parts.fleet
+        self._path = path
+        self._failures = failures
+        self._metrics = parts.metrics
+        self._clock = parts.clock
+        self._inbox: Inbox[Event | PrefillFailed] = Inbox()
+        self._state = State.ASKED
+        self._is_local = self._has_no_prefill_worker
+        # The last attempt that decode was asked to give up.
+        self._retried = 0
+        self._attempt: Attempt | None = None
+        self._is_finishing = False
+
+    def __enter__(self) -> Leg:
+        """Raises DeadlineExceeded."""
+        with contextlib.ExitStack() as resources:
+            resources.callback(self._share.end)
+            resources.enter_context(self._worker.loss_told_to(lambda error: self._inbox.put(StreamLost(error))))
+            first = opening(
+                self._request,
+                self._token_ids,
+                model_fingerprint=self.identity.model_fingerprint,
+                local_prefill=self._is_local,
+            )
+            stub = self._fleet.decode_stub(self._worker)
+            self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._inbox.put)
+            resources.callback(self._stream.close)
+            resources.callback(self._end_attempt)
+            self._resources = resources.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+    async def advance(self) -> DecodeCompletion | None:
+        """Waits until something has happened, and deals with all that has. Tokens go to the output.
+
+        Returns the completion, once it is there. Raises the PdserveError that ends the leg.
+        """
+        for event in await self._inbox.take():
+            match event:
+                case Chunk(token_ids, logprobs, prompt_logprobs):
+                    self._state = State.RUNNING
+                    self._failures.progressed()
+                    self._output.push(token_ids, logprobs, prompt_logprobs)
+                case Reserved():
+                    self._begin_attempt(event)
+                case PrefillFailed():
+                    self._prefill_failed(event)
+                case PrefillNeeded():
+                    self._prefill_needed(event)
+                case StreamLost(error):
+                    raise error
+                case DecodeCompletion():
+                    return event
+        if self._output.stop_string is not None and not self._is_finishing:
+            self._is_finishing = True
+            self._stream.finish()
+        return None
+
+    async def prefill_answer(self) -> None:
+        """After the completion: waits, not for long, for what the prefill worker tells of the path."""
+        if self._attempt is not None:
+            await self._attempt.ended(PREFILL_ANSWER_S)
+            self._end_attempt()
+
+    def presumed_completion(self, ending: Ending) -> DecodeCompletion:
+        """What is known when every token has come and decode was lost before it said so."""
+        return DecodeCompletion(
+            ending=ending,
+            kv_path=KvPath.LOCAL if self._is_local else KvPath.REMOTE,
+            kv_bytes=self._path.leg_kv_bytes,
+            kv_transport=self._path.kv_transport,
+            first_decode_ms=0.0,
+            decode_worker=self.identity.instance_id,
+            num_cached_tokens=0,
+            local_prefill_ms=0.0,
+        )
+
+    def _begin_attempt(self, reserved: Reserved) -> None:
+        self._state = State.FILLING
+        self._share.counted()
+        self._path.queue_ms += reserved.queue_ms
+        self._output.go_on()
+        if self._is_local:
+            self._path.begin_attempt("")
+            return
+        demand = Demand(self._token_ids, cache_salt=self._request.cache_salt)
+        choice = choose_prefill(
+            self._fleet.prefill, demand, kind=self.identity.kind, avoid=self._failures.prefill_workers
+        )
+        if choice is None:
+            self._retry(reserved.attempt)
+            return
+        log.debug("prefill goes to %s", choice)
+        remember(choice, demand)
+        self._path.begin_attempt(choice.worker.instance_id)
+        call = partial(
+            prefill,
+            self._fleet.prefill_stub(choice.worker),
+            self._request,
+            demand.token_ids,
+            reserved,
+            decode_address=self._worker.address,
+            model_fingerprint=self.identity.model_fingerprint,
+            timeout_s=self._left_s(),
+        )
+        share = choice.worker.take(num_tokens=len(demand.token_ids))
+        self._attempt = Attempt(reserved.attempt, share, call, self._inbox.put)
+
+    def _prefill_failed(self, event: PrefillFailed) -> None:
+        # Once tokens come the call does not matter any more, nor does that of an older attempt.
+        if self._state is not State.FILLING or self._attempt is None or event.attempt != self._attempt.number:
+            return
+        log.info("prefill failed, trying again: %s", event.error, extra={"worker": event.worker.address})
+        self._failures.prefill_workers.add(event.worker)
+        self._failures.add(event.error)
+        self._give_up(event.attempt, cause=event.error.reason)
+
+    def _prefill_needed(self, event: PrefillNeeded) -> None:
+        if self._state is State.ASKED:
+            return  # it crossed a retry
+        log.info("decode needs the prompt's KV again: %s", event.detail)
+        if not event.is_preemption:
+            self._failures.add(Unavailable(f"the prompt's KV was lost: {event.detail}", reason="KV_LOST"))
+        self._give_up(event.attempt, cause="PREEMPTED" if event.is_preemption else "KV_LOST")
+
+    def _give_up(self, attempt: int, *, cause: str) -> None:
+        self._metrics.retries.labels(cause=cause).inc()
+        self._output.go_on()
+        if self._output.token_ids:
+            self._path.num_resumptions += 1
+            self._metrics.resumptions.labels(cause=cause).inc()
+        self._end_attempt()
+        self._retry(attempt)
+
+    def _retry(self, attempt: int) -> None:
+        self._state = State.ASKED
+        # Decode heeds the first retry of an attempt alone, so a second one must ask for the same.
+        if attempt != self._retried:
+            self._retried, self._is_local = attempt, self._has_no_prefill_worker
+        self._stream.retry(attempt, local_prefill=self._is_local)
+
+    def _end_attempt(self) -> None:
+        if self._attempt is not None:
+            self._attempt.give_up()
+            if self._attempt.result is not None:
+                self._path.prefilled(self._attempt.result)
+            self._attempt = None
+
+    @property
+    def _token_ids(self) -> Sequence[int]:
+        """The prompt, and on a resumption the output so far."""
+        return [*self._request.prompt_token_ids, *self._output.token_ids]
+
+    @property
+    def _has_no_prefill_worker(self) -> bool:
+        return not usable_workers(self._fleet.prefill, self.identity.kind)
+
+    def _left_s(self) -> float:
+        left_s = self._request.deadline_s - self._clock()
+        if left_s <= 0:
+            raise DeadlineExceeded("the deadline passed before the next worker was asked")
+        return left_s

@@ -1,0 +1,20 @@
+"""What all sessions of a router share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from common.clock import Clock
+from common.metrics import RouterMetrics
+from common.tokenization import Tokenizer
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+
+
+class Parts(NamedTuple):
+    fleet: Fleet
+    dispatcher: Dispatcher
+    # None: token ids alone go in and out.
+    tokenizer: Tokenizer | None
+    metrics: RouterMetrics
+    clock: Clock

@@ -1,0 +1,105 @@
+"""What is kept of a request once it is over: its line in the access log, and its part in the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+
+import grpc
+
+from common.clock import Clock
+from common.errors import PdserveError
+from common.metrics import RouterMetrics
+from router.output import Piece
+from router.request import Request
+from router.session import Completed
+
+log = logging.getLogger("router.access")
+
+
+class Record:
+    """A context manager around the work for a request; tells how it ended."""
+
+    def __init__(self, client: str, metrics: RouterMetrics, clock: Clock, *, log_it: bool) -> None:
+        self.request_id = ""
+        self._client = client
+        self._metrics = metrics
+        self._clock = clock
+        self._log_it = log_it
+        self._received_s = clock()
+        self._num_prompt_tokens = 0
+        self._completed: Completed | None = None
+        self._num_output_tokens = 0
+        self._first_s: float | None = None
+        self._last_s = 0.0
+
+    def admitted(self, request: Request) -> None:
+        self._num_prompt_tokens = request.num_prompt_tokens
+
+    def put_out(self, piece: Piece) -> None:
+        """A piece is about to be sent."""
+        now_s = self._clock()
+        num_tokens = len(piece.token_ids)
+        if not num_tokens:
+            return
+        if self._first_s is None:
+            self._first_s = now_s
+            self._metrics.first_token_s.observe(now_s - self._received_s)
+        else:
+            self._metrics.inter_token_s.observe((now_s - self._last_s) / num_tokens)
+        self._last_s = now_s
+        self._num_output_tokens += num_tokens
+
+    def completed(self, completed: Completed) -> None:
+        self._completed = completed
+        path = completed.path
+        self._metrics.completions.labels(kv_path=path.kv_path.name).inc()
+        for stage in ("queue", "prefill", "kv_transfer", "first_decode"):
+            self._metrics.stage_s.labels(stage=stage).observe(getattr(path, f"{stage}_ms") / 1e3)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code = _code(error)
+        self._metrics.requests.labels(code=code.name).inc()
+        self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        self._metrics.output_tokens.inc(self._num_output_tokens)
+        self._metrics.request_s.observe(self._clock() - self._received_s)
+        if self._log_it:
+            log.info("generate", extra=self._fields(code, error))
+
+    def _fields(self, code: grpc.StatusCode, error: BaseException | None) -> dict[str, object]:
+        fields: dict[str, object] = {
+            "request_id": self.request_id,
+            "client": self._client,
+            "code": code.name,
+            "prompt_tokens": self._num_prompt_tokens,
+            "output_tokens": self._num_output_tokens,
+            "total_ms": _milliseconds(self._clock() - self._received_s),
+        }
+        if self._first_s is not None:
+            fields["first_token_ms"] = _milliseconds(self._first_s - self._received_s)
+        if self._completed is not None:
+            path = self._completed.path
+            fields |= {"reason": self._completed.ending.reason.value, "kv_path": path.kv_path.value}
+            fields |= {"prefill": path.prefill_worker, "decode": path.decode_worker, "kv_bytes": path.kv_bytes}
+            fields |= {"resumptions": path.num_resumptions}
+        elif error is not None:
+            fields["error"] = str(error)
+        return fields
+
+
+def _code(error: BaseException | None) -> grpc.StatusCode:
+    if error is None:
+        return grpc.StatusCode.OK
+    if isinstance(error, PdserveError):
+        return error.code
+    return grpc.StatusCode.CANCELLED if isinstance(error, asyncio.CancelledError) else grpc.StatusCode.INTERNAL
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 1)

@@ -1,0 +1,90 @@
+"""One router: its parts, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import grpc.aio
+
+from common.clock import Clock, monotonic
+from common.config import ConfigError, RouterConfig
+from common.errors import FailedPrecondition
+from common.health import Health
+from common.metrics import RouterMetrics
+from common.tokenization import Tokenizer
+from pdserve.v1 import router_pb2_grpc
+from router.dispatcher import Dispatcher
+from router.fleet import Fleet
+from router.in_flight import InFlight
+from router.parts import Parts
+from router.queue import RequestQueue
+from router.servicer import RouterServicer
+from router.workers import Role, WorkerState
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """Watches its workers while `running`; ready whenever a decode worker is."""
+
+    def __init__(self, config: RouterConfig, tokenizer: Tokenizer | None, *, clock: Clock = monotonic) -> None:
+        self.health = Health()
+        self.metrics = RouterMetrics()
+        self._is_stopping = False
+        self.fleet = Fleet(
+            config.prefill,
+            config.decode,
+            heartbeat_timeout_s=config.heartbeat_timeout_s,
+            on_change=self._workers_changed,
+            clock=clock,
+        )
+        self._queue = RequestQueue(
+            max_requests=config.max_queue_requests, max_tokens=config.max_queue_tokens, clock=clock
+        )
+        self._dispatcher = Dispatcher(self._queue, self.fleet, clock)
+        self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
+        self.parts = Parts(self.fleet, self._dispatcher, tokenizer, self.metrics, clock)
+        self._servicer = RouterServicer(config, self.parts, self._in_flight)
+        self.metrics.queue_requests.set_function(lambda: len(self._queue))
+        self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Watches the workers meanwhile."""
+        async with self.fleet:
+            yield
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self._servicer, server)
+
+    async def drain(self) -> None:
+        """Takes nothing new, and waits until every request has ended."""
+        self._is_stopping = True
+        self.health.set_ready(False)
+        log.info("waiting for %d requests", len(self._in_flight))
+        await self._in_flight.drain()
+
+    def _workers_changed(self) -> None:
+        is_ready = self.fleet.can_serve and not self._is_stopping
+        if is_ready is not self.health.is_ready:
+            self.health.set_ready(is_ready)
+        self.metrics.degraded.set(self.fleet.is_degraded)
+        for role, workers in ((Role.PREFILL, self.fleet.prefill), (Role.DECODE, self.fleet.decode)):
+            for state in WorkerState:
+                count = sum(worker.state is state for worker in workers)
+                self.metrics.workers.labels(role=role.value, state=state.value).set(count)
+        self._dispatcher.wake()
+
+
+async def load_tokenizer(folder: str) -> Tokenizer | None:
+    """The tokenizer of a model folder; None, which is logged, when it has none. Raises ConfigError."""
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+    except FailedPrecondition as error:
+        raise ConfigError(f"model={folder!r}: {error.message}") from error
+    if tokenizer is None:
+        log.warning("%s has no tokenizer.json: only prompt_token_ids is accepted and no text is returned", folder)
+    return tokenizer

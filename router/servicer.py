@@ -1,0 +1,161 @@
+"""RouterService: protobuf in, one session a request, protobuf out."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.parse
+
+import grpc.aio
+
+from common.config import RouterConfig
+from common.errors import DeadlineExceeded, Unavailable
+from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
+from router.decode_stream import KvPath
+from router.fleet import ServedModel
+from router.in_flight import InFlight
+from router.intake import Intake
+from router.output import FinishReason, Piece
+from router.parts import Parts
+from router.record import Record
+from router.session import Completed, Session
+from router.workers import Role, Worker, WorkerState
+
+_REASONS = {FinishReason.STOP: types_pb2.FINISH_REASON_STOP, FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH}
+_KV_PATHS = {
+    KvPath.REMOTE: types_pb2.KV_PATH_REMOTE,
+    KvPath.LOCAL: types_pb2.KV_PATH_LOCAL,
+    KvPath.RECOMPUTED: types_pb2.KV_PATH_RECOMPUTED,
+    KvPath.CACHED: types_pb2.KV_PATH_CACHED,
+}
+_ROLES = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.ROLE_DECODE}
+_STATES = {
+    WorkerState.SERVING: types_pb2.WORKER_STATE_SERVING,
+    WorkerState.DRAINING: types_pb2.WORKER_STATE_DRAINING,
+    WorkerState.UNREACHABLE: types_pb2.WORKER_STATE_UNREACHABLE,
+}
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """One handler a request; its end, for whatever reason, ends the work on every worker."""
+
+    def __init__(
+        self,
+        config: RouterConfig,
+        parts: Parts,
+        in_flight: InFlight,
+    ) -> None:
+        self._config = config
+        self._parts = parts
+        self._fleet = parts.fleet
+        self._in_flight = in_flight
+        self._intake = Intake(parts.tokenizer, model_id=config.model_id, max_prompt_tokens=config.max_prompt_tokens)
+
+    async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
+        received_s = self._parts.clock()
+        left_s = context.time_remaining()
+        timeout_s = self._config.max_request_s if left_s is None else left_s
+        client = client_of(context.peer())
+        with Record(client, self._parts.metrics, self._parts.clock, log_it=self._config.access_log) as record:
+            record.request_id = request_id = self._intake.check(request)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    with self._in_flight.entry(client, request_id):
+                        admitted = await self._intake.admit(
+                            request,
+                            self._model(),
+                            request_id=request_id,
+                            client=client,
+                            received_s=received_s,
+                            deadline_s=received_s + timeout_s,
+                        )
+                        record.admitted(admitted)
+                        await self._generate(Session(admitted, self._parts), record, context)
+            except TimeoutError:
+                raise DeadlineExceeded(f"the request took longer than its {timeout_s:g} s") from None
+
+    async def GetModel(
+        self, request: router_pb2.GetModelRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.GetModelResponse:
+        model = self._model()
+        return router_pb2.GetModelResponse(
+            model_id=self._config.model_id,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            has_tokenizer=self._parts.tokenizer is not None,
+            protocol_version=model.protocol_version,
+            model_fingerprints=model.fingerprints,
+        )
+
+    async def ListWorkers(
+        self, request: router_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ListWorkersResponse:
+        workers = [
+            worker
+            for role in (self._fleet.prefill, self._fleet.decode)
+            for worker in sorted(role, key=lambda worker: worker.address)
+        ]
+        return router_pb2.ListWorkersResponse(workers=map(_worker, workers), degraded=self._fleet.is_degraded)
+
+    async def _generate(self, session: Session, record: Record, context: grpc.aio.ServicerContext) -> None:
+        request_id: str | None = session.request.request_id
+
+        async def write(response: router_pb2.GenerateResponse) -> None:
+            nonlocal request_id
+            if request_id is not None:
+                response.request_id, request_id = request_id, None
+            await context.write(response)
+
+        async def put_out(piece: Piece) -> None:
+            record.put_out(piece)
+            await write(router_pb2.GenerateResponse(chunk=_chunk(piece)))
+
+        completed = await session.run(put_out)
+        record.completed(completed)
+        await write(router_pb2.GenerateResponse(completion=_completion(completed)))
+
+    def _model(self) -> ServedModel:
+        model = self._fleet.model
+        if model is None:
+            raise Unavailable("no decode worker has been met yet", retry_after_s=1.0, reason="NO_WORKER")
+        return model
+
+
+def client_of(peer: str) -> str:
+    """The host of a gRPC peer: 10.0.0.7 of ipv4:10.0.0.7:40112, ::1 of ipv6:%5B::1%5D:40112."""
+    scheme, _, address = urllib.parse.unquote(peer).partition(":")
+    return address.rpartition(":")[0].strip("[]") if scheme in ("ipv4", "ipv6") else address
+
+
+def _chunk(piece: Piece) -> router_pb2.TokenChunk:
+    return router_pb2.TokenChunk(
+        token_ids=piece.token_ids, text=piece.text, logprobs=piece.logprobs, prompt_logprobs=piece.prompt_logprobs
+    )
+
+
+def _completion(completed: Completed) -> router_pb2.Completion:
+    ending, path = completed.ending, completed.path
+    return router_pb2.Completion(
+        finish_reason=_REASONS[ending.reason],
+        stop_string=ending.stop_string,
+        stop_token_id=ending.stop_token_id,
+        usage=router_pb2.Usage(**completed.usage._asdict()),
+        path=types_pb2.ServingPath(**{**path._asdict(), "kv_path": _KV_PATHS[path.kv_path]}),
+    )
+
+
+def _worker(worker: Worker) -> router_pb2.Worker:
+    identity, load = worker.identity, worker.load
+    return router_pb2.Worker(
+        role=_ROLES[worker.role],
+        address=worker.address,
+        instance_id=identity.instance_id if identity else "",
+        boot_id=identity.boot_id if identity else "",
+        state=_STATES[worker.state],
+        num_free_blocks=load.num_free_blocks,
+        num_total_blocks=identity.num_total_blocks if identity else 0,
+        num_cached_blocks=load.num_cached_blocks,
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_pairs=worker.num_pairs,
+        model_fingerprint=identity.model_fingerprint if identity else "",
+    )

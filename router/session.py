@@ -1,0 +1,129 @@
+"""The life of one request, from the queue to its completion, over as many decode workers as it takes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from common.errors import PdserveError
+from router.decode_stream import DecodeCompletion
+from router.dispatcher import Placement
+from router.failures import Failures
+from router.leg import Leg
+from router.output import Ending, Output, Piece
+from router.parts import Parts
+from router.path import PathRecord, ServingPath
+from router.placement import Demand
+from router.request import Request
+
+log = logging.getLogger(__name__)
+
+PutOut = Callable[[Piece], Awaitable[None]]
+
+
+class Usage(NamedTuple):
+    """Counts of tokens; the fields mean what Usage of the protocol says."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_prompt_tokens: int
+
+
+class Completed(NamedTuple):
+    """How a request ended well."""
+
+    ending: Ending
+    usage: Usage
+    path: ServingPath
+
+
+class Session:
+    """Runs once. Cancelling `run` ends the work on every worker."""
+
+    def __init__(
+        self,
+        request: Request,
+        parts: Parts,
+    ) -> None:
+        model = parts.fleet.model
+        assert model is not None, "requests are held against a model"
+        eos = frozenset() if request.stopping.ignore_eos else model.eos_token_ids
+        self.request = request
+        self.output = Output(request.stopping, eos.union(request.stopping.stop_token_ids), parts.tokenizer)
+        self._parts = parts
+        self._path = PathRecord()
+        self._failures = Failures()
+
+    async def run(self, put_out: PutOut) -> Completed:
+        """Hands every piece of output to `put_out`, which may take its time: meanwhile tokens gather.
+
+        Raises the PdserveError that ends the request.
+        """
+        placement = await self._parts.dispatcher.place(self.request)
+        placed_s = self._parts.clock()
+        self._path.queue_ms = (placed_s - self.request.received_s) * 1e3
+        self._parts.metrics.queue_s.observe(placed_s - self.request.received_s)
+        with self._parts.metrics.running_requests.track_inprogress():
+            completion = await self._serve(placement, placed_s, put_out)
+        ending = self.output.finish(completion.ending)
+        await self._put_out_ready(put_out)
+        path = self._path.completed(completion)
+        num_cached = min(self._path.num_cached_tokens or 0, self.request.num_prompt_tokens)
+        usage = Usage(self.request.num_prompt_tokens, len(self.output.token_ids), num_cached)
+        return Completed(ending, usage, path)
+
+    async def _serve(self, placement: Placement, placed_s: float, put_out: PutOut) -> DecodeCompletion:
+        while True:
+            self._path.begin_leg()
+            leg = Leg(self.request, self.output, placement, self._parts, self._path, self._failures)
+            try:
+                with leg:
+                    return await self._follow(leg, placed_s, put_out)
+            except PdserveError as error:
+                await self._put_out_ready(put_out)
+                ending = self.output.ending
+                if ending is not None:
+                    return leg.presumed_completion(ending)
+                placement = await self._place_elsewhere(placement, error)
+            finally:
+                self._parts.dispatcher.wake()
+
+    async def _follow(self, leg: Leg, placed_s: float, put_out: PutOut) -> DecodeCompletion:
+        is_first = not self.output.token_ids
+        while True:
+            completion = await leg.advance()
+            if is_first and self.output.token_ids:
+                is_first = False
+                self._parts.dispatcher.queue.rate.first_token(self._parts.clock() - placed_s)
+            if completion is not None:
+                await leg.prefill_answer()
+                return completion
+            await self._put_out_ready(put_out)
+
+    async def _put_out_ready(self, put_out: PutOut) -> None:
+        piece = self.output.take()
+        if piece is not None:
+            await put_out(piece)
+
+    async def _place_elsewhere(self, placement: Placement, error: PdserveError) -> Placement:
+        """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""
+        self._failures.add(error)
+        self._failures.decode_workers[placement.worker] = placement.generation
+        has_begun = bool(self.output.token_ids)
+        self.output.resume()
+        demand = Demand(
+            [*self.request.prompt_token_ids, *self.output.token_ids],
+            cache_salt=self.request.cache_salt,
+            kind=placement.identity.kind if has_begun else None,
+        )
+        # A stream that has begun is worth waiting for a worker that comes back.
+        wait_s = self._parts.fleet.heartbeat_timeout_s if has_begun else 0.0
+        found = await self._parts.dispatcher.place_again(demand, self._failures, wait_s=wait_s)
+        if found is None:
+            raise error
+        log.info("going on at another decode worker: %s", error, extra={"worker": found.worker.address})
+        if has_begun:
+            self._path.num_resumptions += 1
+            self._parts.metrics.resumptions.labels(cause=error.reason).inc()
+        return found

@@ -1,0 +1,193 @@
+"""One worker as this router sees it: who it is, how loaded, whether it may be used. No I/O: `fleet` keeps it true.
+
+  first message of a load stream             WatchLoad says so
+UNREACHABLE ─────────────────────▶ SERVING ──────────────────▶ DRAINING
+     ▲                                │                            │
+     └────────────────────────────────┴────────────────────────────┘
+       the load stream ends, falls silent, or its step counter stands still with work waiting
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import NamedTuple
+
+from common.errors import Unavailable
+from common.load import Load
+from router.prefixes import PrefixIndex
+
+# A step counter must stand still for this many steps of the usual length before it means anything.
+WEDGED_STEPS = 20
+
+
+class Role(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class WorkerState(Enum):
+    SERVING = "serving"
+    DRAINING = "draining"
+    UNREACHABLE = "unreachable"
+
+
+class Identity(NamedTuple):
+    """What a worker says about itself; the fields mean what WorkerIdentity says."""
+
+    instance_id: str
+    boot_id: str
+    model_id: str
+    model_fingerprint: str
+    protocol_version: int
+    context_length: int
+    vocab_size: int
+    block_size: int
+    num_total_blocks: int
+    max_num_seqs: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Workers whose kinds differ never share a request."""
+        return self.model_fingerprint, self.protocol_version
+
+    @property
+    def num_total_tokens(self) -> int:
+        return self.num_total_blocks * self.block_size
+
+
+LossCallback = Callable[[Unavailable], None]
+
+
+class Worker:
+    """Mutable, owned by the event loop. What is known of a worker that was lost stays readable."""
+
+    def __init__(self, role: Role, address: str, *, wedged_after_s: float) -> None:
+        self.role = role
+        self.address = address
+        self.state = WorkerState.UNREACHABLE
+        # Why it is unreachable.
+        self.reason = "not met yet"
+        self.identity: Identity | None = None
+        self.load = Load()
+        self.num_pairs = 0
+        # Grows each time the worker is met anew.
+        self.generation = 0
+        self.prefixes = PrefixIndex(0)
+        self._wedged_after_s = wedged_after_s
+        self._stepped_s = 0.0
+        self._on_loss: dict[object, LossCallback] = {}
+        # What this router's requests take there, and of that, what the worker has not been seen to count yet.
+        self._num_seqs = 0
+        self._num_blocks = 0
+        self._num_uncounted_blocks = 0
+        self._num_tokens = 0
+
+    def __repr__(self) -> str:
+        return f"{self.role.value} {self.address}"
+
+    @property
+    def is_serving(self) -> bool:
+        return self.state is WorkerState.SERVING
+
+    @property
+    def instance_id(self) -> str:
+        return self.identity.instance_id if self.identity else ""
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences running, reserved or waiting there."""
+        return max(self._num_seqs, self.load.num_running + self.load.num_reserved + self.load.num_waiting)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that a new request may have: one for each running sequence to grow is kept."""
+        told = self.load.num_free_blocks - self._num_uncounted_blocks
+        total = self.identity.num_total_blocks if self.identity else 0
+        return min(told, total - self._num_blocks) - self.load.num_running
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens waiting or being computed there."""
+        return max(self._num_tokens, self.load.num_waiting_tokens)
+
+    def meet(self, identity: Identity, now_s: float) -> None:
+        """The first message of a new load stream."""
+        if self.identity is None or identity.boot_id != self.identity.boot_id:
+            self.prefixes = PrefixIndex(identity.num_total_blocks)
+        self.identity = identity
+        self.generation += 1
+        self._stepped_s = now_s
+
+    def hear(self, state: WorkerState, load: Load, num_pairs: int, now_s: float) -> None:
+        """A message of the load stream, SERVING or DRAINING."""
+        has_work = load.num_running or load.num_reserved or load.num_waiting
+        if load.step_counter != self.load.step_counter or not has_work:
+            self._stepped_s = now_s
+        self.load, self.num_pairs = load, num_pairs
+        stood_still_s = now_s - self._stepped_s
+        if stood_still_s >= max(self._wedged_after_s, WEDGED_STEPS * load.step_ms / 1e3):
+            self.lose(f"its step counter has stood still for {stood_still_s:.1f} s with work waiting")
+        else:
+            self.state, self.reason = state, ""
+
+    def lose(self, reason: str) -> None:
+        """It cannot be used; whoever has work there is told."""
+        self.reason = reason
+        if self.state is WorkerState.UNREACHABLE:
+            return
+        self.state = WorkerState.UNREACHABLE
+        for callback in list(self._on_loss.values()):
+            callback(Unavailable(f"{self} was lost: {reason}", reason="WORKER_LOST"))
+
+    @contextlib.contextmanager
+    def loss_told_to(self, callback: LossCallback) -> Iterator[None]:
+        """Calls `callback` if the worker is lost meanwhile."""
+        key = object()
+        self._on_loss[key] = callback
+        try:
+            yield
+        finally:
+            del self._on_loss[key]
+
+    def take(self, *, num_blocks: int = 0, num_tokens: int = 0) -> Share:
+        """A request goes there. Its share counts at once, before the worker tells of it."""
+        self._num_seqs += 1
+        self._num_blocks += num_blocks
+        self._num_uncounted_blocks += num_blocks
+        self._num_tokens += num_tokens
+        return Share(self, num_blocks, num_tokens)
+
+    def count(self, share: Share) -> None:
+        self._num_uncounted_blocks -= share.num_blocks
+
+    def give_back(self, share: Share) -> None:
+        self._num_seqs -= 1
+        self._num_blocks -= share.num_blocks
+        self._num_tokens -= share.num_tokens
+
+
+class Share:
+    """What one request takes of a worker, until `end`."""
+
+    def __init__(self, worker: Worker, num_blocks: int, num_tokens: int) -> None:
+        self.worker = worker
+        self.num_blocks = num_blocks
+        self.num_tokens = num_tokens
+        self._is_counted = False
+        self._has_ended = False
+
+    def counted(self) -> None:
+        """The worker counts it in the load that it tells."""
+        if not self._is_counted:
+            self._is_counted = True
+            self.worker.count(self)
+
+    def end(self) -> None:
+        """Safe to repeat."""
+        if not self._has_ended:
+            self._has_ended = True
+            self.counted()
+            self.worker.give_back(self)

@@ -1,0 +1,142 @@
+"""Services that play a script: messages to send, errors to raise, and HANG, which waits until the caller leaves."""
+
+from __future__ import annotations
+
+import asyncio
+
+from common.health import Health
+from pdserve.v1 import (
+    decode_pb2,
+    decode_pb2_grpc,
+    router_pb2,
+    router_pb2_grpc,
+    types_pb2,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+HANG = object()
+
+PATH = types_pb2.ServingPath(
+    prefill_worker="prefill-a",
+    decode_worker="decode-b",
+    kv_path=types_pb2.KV_PATH_REMOTE,
+    kv_bytes=245_760,
+    kv_transport="gloo",
+    queue_ms=0.25,
+    prefill_ms=12.0,
+    kv_transfer_ms=1.5,
+    first_decode_ms=1234.0,
+)
+
+
+def chunk(text: str, *token_ids: int, request_id: str | None = None) -> router_pb2.GenerateResponse:
+    made = router_pb2.TokenChunk(text=text, token_ids=token_ids)
+    return router_pb2.GenerateResponse(request_id=request_id, chunk=made)
+
+
+def completion(**fields) -> router_pb2.GenerateResponse:
+    usage = router_pb2.Usage(prompt_tokens=4, completion_tokens=3, cached_prompt_tokens=0)
+    made = router_pb2.Completion(
+        **{"finish_reason": types_pb2.FINISH_REASON_LENGTH, "usage": usage, "path": PATH} | fields
+    )
+    return router_pb2.GenerateResponse(completion=made)
+
+
+SCRIPT = [chunk("Once ", 11, request_id="r-1"), chunk("upon", 12, 13), completion()]
+
+WORKERS = router_pb2.ListWorkersResponse(
+    workers=[
+        router_pb2.Worker(
+            role=types_pb2.ROLE_PREFILL,
+            address="127.0.0.1:50052",
+            instance_id="prefill-a",
+            boot_id="b0",
+            state=types_pb2.WORKER_STATE_SERVING,
+            num_free_blocks=1000,
+            num_total_blocks=2048,
+            num_cached_blocks=12,
+            num_running=3,
+            num_waiting=1,
+            num_pairs=1,
+            model_fingerprint="0123456789abcdef",
+        ),
+        router_pb2.Worker(role=types_pb2.ROLE_DECODE, address="[::1]:50053", state=types_pb2.WORKER_STATE_UNREACHABLE),
+    ],
+)
+
+SEED_FIGURES = decode_pb2.GetPipelineStatsResponse(
+    mode=decode_pb2.PIPELINE_MODE_STATIC,
+    active=True,
+    total_tokens=256,
+    attention_ms=1.23,
+    ffn_ms=0.98,
+    total_ms=2.21,
+    attention_sm_asked=16,
+    attention_sm=16,
+    ffn_sm_asked=16,
+    ffn_sm=16,
+    num_steps=64,
+    num_profiled_steps=64,
+)
+
+
+class FakeRouter(router_pb2_grpc.RouterServiceServicer):
+    """`requests` and `deadlines_s` record the calls; `left` is set once a caller has left a HANG."""
+
+    def __init__(self, script=SCRIPT, *, workers=WORKERS) -> None:
+        self.script = script
+        self.workers = workers
+        self.requests: list[router_pb2.GenerateRequest] = []
+        self.deadlines_s: list[float | None] = []
+        self.left = asyncio.Event()
+        self.health = Health()
+
+    async def Generate(self, request, context):
+        self.requests.append(request)
+        self.deadlines_s.append(context.time_remaining())
+        for step in self.script:
+            if step is HANG:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.left.set()
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    async def GetModel(self, request, context):
+        return router_pb2.GetModelResponse(
+            model_id="tiny", context_length=2048, vocab_size=4096, has_tokenizer=True, model_fingerprints=["f"]
+        )
+
+    async def ListWorkers(self, request, context):
+        return self.workers
+
+    def add_to(self, server) -> None:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(self, server)
+        self.health.add_to(server, ["pdserve.v1.RouterService"])
+
+
+class FakeWorker(decode_pb2_grpc.DecodeServiceServicer, worker_pb2_grpc.WorkerServiceServicer):
+    """A decode worker. A drain shows the numbers `remaining`."""
+
+    def __init__(self, *, stats=SEED_FIGURES, remaining=(3, 2, 1)) -> None:
+        self.stats = stats
+        self.remaining = remaining
+        self.drain_deadlines_s: list[float | None] = []
+
+    async def GetPipelineStats(self, request, context):
+        return self.stats
+
+    async def Drain(self, request, context):
+        self.drain_deadlines_s.append(request.deadline_s if request.HasField("deadline_s") else None)
+        for number in self.remaining:
+            if number is HANG:
+                await asyncio.Event().wait()
+            yield worker_pb2.DrainResponse(num_remaining=number)
+        yield worker_pb2.DrainResponse(done=True)
+
+    def add_to(self, server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)

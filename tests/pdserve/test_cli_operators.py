@@ -1,0 +1,132 @@
+"""`pdserve workers`, `stats` and `drain`: what operators type."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+
+import pytest
+
+from common import errors
+from pdserve.v1 import decode_pb2, router_pb2
+from tests.pdserve.fakes import HANG, WORKERS, FakeRouter, FakeWorker
+
+
+async def test_workers_are_a_table(serve, pdserve):
+    exit_code, stdout, _ = await pdserve("workers", "--router", await serve(FakeRouter().add_to))
+    rows = [" ".join(line.split()) for line in stdout.splitlines() if line.strip()]
+    assert exit_code == 0
+    assert rows == [
+        "worker role address state free blocks run wait pairs",
+        "prefill-a prefill 127.0.0.1:50052 SERVING 1,000/2,048 3 1 1",
+        "? decode [::1]:50053 UNREACHABLE 0/0 0 0 0",
+        "model 0123456789ab on prefill-a",
+    ]
+
+
+async def test_workers_as_json_have_every_field(serve, pdserve):
+    _, stdout, _ = await pdserve("workers", "--json", "--router", await serve(FakeRouter().add_to))
+    known = json.loads(stdout)
+    assert known["degraded"] is False
+    assert set(known["workers"][0]) == {field.name for field in router_pb2.Worker.DESCRIPTOR.fields}
+    assert (known["workers"][0]["state"], known["workers"][1]["role"]) == ("SERVING", "DECODE")
+
+
+async def test_a_degraded_cluster_is_called_so(serve, pdserve):
+    router = FakeRouter(workers=router_pb2.ListWorkersResponse(workers=WORKERS.workers[1:], degraded=True))
+    _, stdout, _ = await pdserve("workers", "--router", await serve(router.add_to))
+    assert "degraded: no prefill worker is alive" in stdout
+
+
+async def test_a_router_without_workers_says_so(serve, pdserve):
+    router = FakeRouter(workers=router_pb2.ListWorkersResponse())
+    _, stdout, _ = await pdserve("workers", "--router", await serve(router.add_to))
+    assert "knows no worker" in stdout
+
+
+async def test_workers_of_a_worker_is_one_line(serve, pdserve):
+    exit_code, _, stderr = await pdserve("workers", "--router", await serve(FakeWorker().add_to))
+    assert (exit_code, stderr.count("\n")) == (1, 1)
+    assert "WRONG_SERVICE" in stderr
+
+
+async def test_stats_print_the_figure_lines(serve, pdserve):
+    exit_code, stdout, _ = await pdserve("stats", "--decode", await serve(FakeWorker().add_to))
+    assert exit_code == 0
+    assert stdout == (
+        "Pipeline statistics\n"
+        "  Total tokens: 256\n"
+        "  Avg attention time: 1.23 ms\n"
+        "  Avg FFN time: 0.98 ms\n"
+        "  Avg total time: 2.21 ms\n"
+        "  Attention SMs: 16\n"
+        "  FFN SMs: 16\n"
+        "  Mode: static\n"
+        "  Active: yes\n"
+        "  Steps: 64, 64 of them profiled\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("DISABLED", "(DISABLED: the mode says so)"),
+        ("NO_SM_PARTITIONS", "(NO_SM_PARTITIONS: the device cannot be split into SM partitions)"),
+        ("SOMETHING_NEW", "(SOMETHING_NEW)"),
+    ],
+)
+async def test_stats_say_why_steps_are_sequential(serve, pdserve, reason, words):
+    stats = decode_pb2.GetPipelineStatsResponse(
+        mode=decode_pb2.PIPELINE_MODE_AUTO, fallback_reason=reason, attention_sm_asked=16, ffn_sm_asked=24
+    )
+    _, stdout, _ = await pdserve("stats", "--decode", await serve(FakeWorker(stats=stats).add_to))
+    assert f"Active: no, attention and FFN take turns on the whole device {words}" in stdout
+    assert "none profiled" in stdout
+    assert "SMs asked for: 16 attention, 24 FFN" in stdout
+
+
+async def test_stats_as_json_have_every_field(serve, pdserve):
+    _, stdout, _ = await pdserve("stats", "--json", "--decode", await serve(FakeWorker().add_to))
+    stats = json.loads(stdout)
+    assert set(stats) == {field.name for field in decode_pb2.GetPipelineStatsResponse.DESCRIPTOR.fields}
+    assert (stats["mode"], stats["ffn_ms"]) == ("STATIC", 0.98)
+
+
+@pytest.mark.parametrize(("argv", "deadline_s"), [([], None), (["--deadline", "5"], 5.0)])
+async def test_drain_follows_until_nothing_is_left(serve, pdserve, argv, deadline_s):
+    worker = FakeWorker()
+    target = await serve(worker.add_to)
+    exit_code, stdout, _ = await pdserve("drain", "--worker", target, *argv)
+    assert (exit_code, stdout) == (0, f"3 requests left\n2 requests left\n1 request left\n{target} is drained\n")
+    assert worker.drain_deadlines_s == [deadline_s]
+
+
+async def test_a_drain_that_breaks_off_is_no_success(serve, pdserve):
+    class Dying(FakeWorker):
+        async def Drain(self, request, context):
+            raise errors.Unavailable("the worker is gone")
+            yield
+
+    exit_code, stdout, stderr = await pdserve("drain", "--worker", await serve(Dying().add_to))
+    assert (exit_code, stdout, stderr) == (1, "", "pdserve: UNAVAILABLE: the worker is gone\n")
+
+
+async def test_a_drain_whose_stream_just_ends_is_no_success(serve, pdserve):
+    class Ending(FakeWorker):
+        async def Drain(self, request, context):
+            return
+            yield
+
+    exit_code, stdout, _ = await pdserve("drain", "--worker", await serve(Ending().add_to))
+    assert (exit_code, stdout) == (1, "")
+
+
+async def test_ctrl_c_stops_watching_a_drain(serve, spawn):
+    worker = FakeWorker(remaining=[2, HANG])
+    process = spawn("-m", "pdserve", "drain", "--worker", await serve(worker.add_to))
+    assert await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), 20) == "2 requests left\n"
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = await asyncio.wait_for(asyncio.to_thread(process.communicate), 20)
+    assert (process.returncode, stdout) == (130, "")
+    assert "the drain goes on" in stderr

@@ -1,0 +1,168 @@
+"""What waits, where it waits, and what is turned away."""
+
+import grpc.aio
+import pytest
+
+from common import errors
+from common.errors import from_rpc_error
+from tests.fakes.cluster import FakeCluster, Reply, eventually
+
+
+async def _error(call) -> errors.PdserveError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await Reply.of(call)
+    return from_rpc_error(caught.value)
+
+
+def _queue(cluster: FakeCluster):
+    return cluster.router.parts.dispatcher.queue
+
+
+async def _occupied(cluster: FakeCluster):
+    """The one slot of the one decode worker is taken until `go`."""
+    cluster.decode.go.clear()
+    call = cluster.start(request_id="first", max_tokens=1)
+    await eventually(lambda: cluster.decode.num_active == 1)
+    return call
+
+
+async def _in_queue(cluster: FakeCluster, number: int) -> None:
+    await eventually(lambda: len(_queue(cluster)) == number)
+
+
+def _order(cluster: FakeCluster) -> list[str]:
+    return [opening.request_id for opening in cluster.decode.opened]
+
+
+async def test_overload_waits_in_the_router_and_not_at_decode():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        calls = [await _occupied(cluster)]
+        calls += [cluster.start(request_id=f"{place}", max_tokens=1) for place in range(5)]
+        await _in_queue(cluster, 5)
+        assert _order(cluster) == ["first"]
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+        assert len(_order(cluster)) == 6
+
+
+async def test_kv_blocks_are_waited_for_too():
+    async with FakeCluster(num_total_blocks=100).running() as cluster:
+        calls = [await _occupied(cluster)]
+        calls.append(cluster.start([1] * 16 * 97, request_id="big", max_tokens=16))
+        await _in_queue(cluster, 1)
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+
+
+async def test_higher_priorities_leave_the_queue_first():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        calls = [await _occupied(cluster)]
+        for place, priority in enumerate([0, -1, 5]):
+            calls.append(cluster.start(request_id=f"priority {priority}", priority=priority, max_tokens=1))
+            await _in_queue(cluster, place + 1)
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+        assert _order(cluster) == ["first", "priority 5", "priority 0", "priority -1"]
+
+
+async def test_a_full_queue_says_when_to_come_again():
+    async with FakeCluster(max_num_seqs=1).running(max_queue_requests=1) as cluster:
+        calls = [await _occupied(cluster), cluster.start(max_tokens=1)]
+        await _in_queue(cluster, 1)
+        error = await _error(cluster.start())
+        assert isinstance(error, errors.ResourceExhausted)
+        assert (error.reason, error.retry_after_s) == ("QUEUE_FULL", 1.0)
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+
+
+async def test_a_deadline_ends_the_wait():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        call = await _occupied(cluster)
+        assert isinstance(await _error(cluster.start(timeout=0.2)), errors.DeadlineExceeded)
+        await _in_queue(cluster, 0)
+        cluster.decode.go.set()
+        await Reply.of(call)
+        assert _order(cluster) == ["first"]
+
+
+async def test_a_client_that_leaves_the_queue_leaves_no_trace():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        first = await _occupied(cluster)
+        second = cluster.start(request_id="second")
+        await _in_queue(cluster, 1)
+        second.cancel()
+        await _in_queue(cluster, 0)
+        cluster.decode.go.set()
+        await Reply.of(first)
+        await cluster.generate(request_id="third", max_tokens=1)
+        assert _order(cluster) == ["first", "third"]
+
+
+async def test_a_prompt_that_no_worker_can_hold_is_answered_by_decode_itself():
+    async with FakeCluster(num_total_blocks=10).running() as cluster:
+        cluster.decode.refusal = errors.InvalidArgument("does not fit", field="stopping.max_tokens")
+        error = await _error(cluster.start([1] * 1000))
+        assert (error.message, error.field) == ("does not fit", "stopping.max_tokens")
+
+
+async def test_without_a_decode_worker_requests_are_turned_away_at_once():
+    async with FakeCluster().running() as cluster:
+        await cluster.decode.kill()
+        await eventually(lambda: not cluster.router.fleet.can_serve)
+        error = await _error(cluster.start())
+        assert isinstance(error, errors.Unavailable)
+        assert error.reason == "NO_WORKER"
+        assert f"{cluster.decode.address} is unreachable" in error.message
+
+
+async def test_what_waits_when_the_last_decode_worker_is_lost_is_turned_away_after_a_moment():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        first = await _occupied(cluster)
+        second = cluster.start()
+        await _in_queue(cluster, 1)
+        await cluster.decode.kill()
+        for call in (first, second):
+            assert isinstance(await _error(call), errors.Unavailable)
+
+
+async def test_what_waits_while_the_decode_worker_restarts_is_served():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        first = await _occupied(cluster)
+        second = cluster.start(request_id="second", max_tokens=1)
+        await _in_queue(cluster, 1)
+        cluster.decode.go.set()
+        await cluster.decode.restart()
+        await Reply.of(second)
+        first.cancel()
+
+
+async def test_requests_go_where_there_is_room():
+    async with FakeCluster(num_decode=3, max_num_seqs=2).running() as cluster:
+        for decode in cluster.decodes:
+            decode.go.clear()
+        calls = [cluster.start(max_tokens=1) for _ in range(6)]
+        await eventually(lambda: sum(decode.num_active for decode in cluster.decodes) == 6)
+        assert [decode.num_active for decode in cluster.decodes] == [2, 2, 2]
+        for decode in cluster.decodes:
+            decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+
+
+async def test_a_draining_decode_worker_gets_nothing_new_and_finishes_what_it_has():
+    async with FakeCluster(num_decode=2).running() as cluster:
+        first, second = sorted(cluster.decodes, key=lambda decode: decode.address)
+        first.go.clear()
+        call = cluster.start(max_tokens=2)
+        await eventually(lambda: first.num_active)
+        first.drain()
+        await eventually(lambda: not cluster.router.fleet.decode[cluster.decodes.index(first)].is_serving)
+        await cluster.generate(max_tokens=2)
+        assert (len(first.opened), len(second.opened)) == (1, 1)
+        first.go.set()
+        assert (await Reply.of(call)).completion.path.decode_worker == first.identity.instance_id

@@ -1,0 +1,128 @@
+"""Where requests go, and why."""
+
+from common.load import Load
+from router.placement import Demand, choose_decode, choose_prefill, remember
+from router.workers import Role, Worker, WorkerState
+from tests.router.values import identity, worker
+
+KIND = identity().kind
+IDLE = Load(num_free_blocks=100)
+PROMPT = list(range(64))
+
+
+def _decode(address: str, load: Load = IDLE, **changes: object) -> Worker:
+    return worker(identity(**changes), address=address, load=load)
+
+
+def _prefill(address: str, num_waiting_tokens: int = 0, **changes: object) -> Worker:
+    load = Load(num_waiting_tokens=num_waiting_tokens)
+    return worker(identity(**changes), role=Role.PREFILL, address=address, load=load)
+
+
+def _chosen_decode(workers: list[Worker], demand: Demand | None = None, **options: object) -> str | None:
+    choice = choose_decode(workers, demand or Demand(PROMPT), **{"prefill_kinds": {KIND}, **options})
+    return choice.worker.address if choice else None
+
+
+def _chosen_prefill(workers: list[Worker], demand: Demand | None = None, **options: object) -> str | None:
+    choice = choose_prefill(workers, demand or Demand(PROMPT), kind=KIND, **options)
+    return choice.worker.address if choice else None
+
+
+def test_the_emptier_decode_worker_gets_the_request():
+    assert _chosen_decode([_decode("a", Load(num_free_blocks=50)), _decode("b", Load(num_free_blocks=90))]) == "b"
+    assert _chosen_decode([_decode("a", IDLE._replace(num_running=5)), _decode("b", IDLE)]) == "b"
+
+
+def test_equal_workers_are_taken_by_address():
+    assert _chosen_decode([_decode("b"), _decode("a")]) == "a"
+    assert _chosen_prefill([_prefill("b"), _prefill("a")]) == "a"
+
+
+def test_a_prompt_goes_back_to_where_its_prefix_was_sent():
+    workers, demand = [_decode("a"), _decode("b", Load(num_free_blocks=95))], Demand(PROMPT)
+    workers[1].prefixes.add(demand.hashes(workers[1].identity))
+    assert _chosen_decode(workers, demand) == "b"
+
+
+def test_a_prefix_is_not_worth_a_full_worker():
+    workers, demand = [_decode("a"), _decode("b", Load(num_free_blocks=40))], Demand(PROMPT)
+    workers[1].prefixes.add(demand.hashes(workers[1].identity))
+    assert _chosen_decode(workers, demand) == "a"
+
+
+def test_a_prefix_of_another_salt_is_another_prefix():
+    workers = [_decode("a"), _decode("b", Load(num_free_blocks=95))]
+    workers[1].prefixes.add(Demand(PROMPT, cache_salt="x").hashes(workers[1].identity))
+    assert _chosen_decode(workers, Demand(PROMPT)) == "a"
+
+
+def test_placing_a_request_is_remembered_where_there_is_a_choice():
+    workers, demand = [_decode("a"), _decode("b")], Demand(PROMPT)
+    remember(choose_decode(workers, demand, prefill_kinds={KIND}), demand)
+    assert (len(workers[0].prefixes), len(workers[1].prefixes)) == (4, 0)
+
+
+def test_requests_wait_while_no_decode_worker_has_blocks():
+    workers = [_decode("a", Load(num_free_blocks=4, num_running=1))]
+    assert _chosen_decode(workers) is None
+    assert _chosen_decode(workers, only_with_room=False) == "a"
+
+
+def test_requests_wait_while_every_slot_is_taken():
+    assert _chosen_decode([_decode("a", IDLE._replace(num_running=8), max_num_seqs=8)]) is None
+
+
+def test_requests_do_not_queue_behind_what_waits_at_decode():
+    assert _chosen_decode([_decode("a", IDLE._replace(num_running=1, num_waiting=1))]) is None
+
+
+def test_an_idle_worker_is_asked_whatever_it_told():
+    assert _chosen_decode([_decode("a", Load(num_free_blocks=0))]) == "a"
+
+
+def test_only_serving_workers_are_considered():
+    workers = [_decode("a"), _decode("b"), _decode("c")]
+    workers[0].lose("silence")
+    workers[1].hear(WorkerState.DRAINING, IDLE, 0, 0.0)
+    assert _chosen_decode(workers) == "c"
+
+
+def test_an_excluded_worker_is_not_considered():
+    workers = [_decode("a"), _decode("b")]
+    assert _chosen_decode(workers, exclude=[workers[0]]) == "b"
+    assert _chosen_decode(workers, exclude=workers) is None
+
+
+def test_workers_of_another_fingerprint_are_never_mixed():
+    other = _prefill("a", model_fingerprint="other")
+    assert _chosen_prefill([other, _prefill("b", 10_000)]) == "b"
+    assert _chosen_prefill([other]) is None
+    assert _chosen_decode([_decode("a", model_fingerprint="other")], Demand(PROMPT, kind=KIND)) is None
+
+
+def test_a_decode_worker_that_prefill_can_serve_comes_first():
+    workers = [_decode("a", model_fingerprint="other"), _decode("b", Load(num_free_blocks=10))]
+    assert _chosen_decode(workers) == "b"
+    assert _chosen_decode(workers, prefill_kinds=set()) == "a"
+
+
+def test_the_prefill_worker_with_the_least_to_compute_gets_the_prompt():
+    assert _chosen_prefill([_prefill("a", 100), _prefill("b", 30)]) == "b"
+
+
+def test_cached_tokens_need_not_be_computed():
+    workers, demand = [_prefill("a", 40), _prefill("b", 0)], Demand(PROMPT)
+    workers[0].prefixes.add(demand.hashes(workers[0].identity))
+    assert _chosen_prefill(workers, demand) == "a"
+
+
+def test_a_prefill_worker_that_failed_is_taken_only_when_there_is_no_other():
+    workers = [_prefill("a"), _prefill("b", 500)]
+    assert _chosen_prefill(workers, avoid=workers[:1]) == "b"
+    assert _chosen_prefill(workers[:1], avoid=workers[:1]) == "a"
+
+
+def test_a_choice_says_what_it_was_made_from():
+    choice = choose_prefill([_prefill("a", 100), _prefill("b", 30)], Demand(PROMPT), kind=KIND)
+    assert str(choice) == "prefill b: 0 blocks were sent there before; a costs 164.000, b costs 94.000"
