@@ -3,7 +3,7 @@ PYTHON ?= python3
 # Devices of `make run` and `make serve`: auto, cpu, cuda:N.
 PREFILL ?= auto
 DECODE ?= auto
-PROMPT ?= Once upon a time
+PROMPT ?= The for statement is used to
 # Passed on to pytest and to the benchmarks: `make test ARGS="-k health"`.
 ARGS ?=
 
@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml hatch_build.py $(wildcard protos/pdserve/v1/*.proto
 run: install ## three services up, one prompt through all of them, and down again (PROMPT=..., PREFILL=cuda:0 DECODE=cuda:1)
 	@$(BIN)/supervisord -c supervisord.conf >.venv/services.log 2>&1 & services=$$!; \
 	trap 'kill $$services 2>/dev/null; wait $$services' EXIT; trap 'exit 130' INT TERM; \
-	$(BIN)/pdserve generate --wait 60 "$$PROMPT" || { status=$$?; cat .venv/services.log; exit $$status; }
+	$(BIN)/pdserve generate --wait 60 --temperature 0 --max-tokens 120 "$$PROMPT" || { status=$$?; cat .venv/services.log; exit $$status; }
 
 serve: install ## the same three services, staying up until Ctrl-C
 	@echo 'router   127.0.0.1:50051   metrics http://127.0.0.1:9101/metrics'

@@ -63,6 +63,9 @@ class RouterConfig(ServiceConfig):
     max_requests_per_client: int = setting(512, "requests that one client connection may have in flight", minimum=1)
     max_prompt_tokens: int = setting(0, "longest prompt, in tokens; 0: what the model's context allows", minimum=0)
     heartbeat_timeout_s: float = setting(2.0, "silence, in seconds, after which a worker is UNREACHABLE", above=0.5)
+    startup_grace_s: float = setting(
+        10.0, "how long a starting router waits to meet every worker before it is ready without some", minimum=0
+    )
     access_log: bool = setting(True, "one line for each finished request")
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from common.config import DecodeConfig
 from common.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, PdserveError, Unavailable
 from common.transport.authentication import Credentials, authenticate, new_token
 from common.transport.backends import BACKENDS
-from common.transport.group import DECODE_RANK, Join, PairGroup
+from common.transport.group import DECODE_RANK, MAX_RENDEZVOUS_BYTES, Join, PairGroup
 from common.transport.messages import AttemptKey, FromDecode, PairHello, PairIdentity, PairWelcome
 from common.transport.outbox import Outbox
 from common.transport.receiving import KvSink, ReceivingPair
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 # From the hello to a proven process group.
 HANDSHAKE_S = 5.0
 CLOSE_S = 2.0
-MAX_RENDEZVOUS_BYTES = 4096
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +54,7 @@ class PairServer:
         self._config = config
         self._backends = backends
         self._num_made = 0
+        self._closed = ""
         self._members: dict[str, _Member] = {}
         self._pairs: dict[int, ReceivingPair] = {}
 
@@ -105,7 +105,7 @@ class PairServer:
             group = await joining.connect(hello.rendezvous)
             await asyncio.to_thread(authenticate, group, DECODE_RANK, credentials, timeout_s=HANDSHAKE_S)
             if self._members.get(worker) is not member:
-                raise Unavailable(f"a newer hello of {worker} came while this one was being answered")
+                raise Unavailable(self._closed or f"a newer hello of {worker} came while this one was being answered")
         except BaseException:
             joining.cancel()
             self._leave(worker, member)
@@ -115,7 +115,9 @@ class PairServer:
                 yield response
 
     async def close(self, reason: str = "the decode worker is shutting down") -> None:
-        """Ends every pair, and waits a moment for what they hold."""
+        """Ends every pair, for good, and waits a moment for what they hold."""
+        self._closed = reason
+        self._members.clear()
         pairs = list(self._pairs.values())
         for pair in pairs:
             pair.end(reason)
@@ -219,6 +221,8 @@ class PairServer:
 
     def _enter(self, peer: PairIdentity) -> _Member:
         """The newest hello of a worker counts: it ends the pair of an older one, of this boot or of an earlier."""
+        if self._closed:
+            raise Unavailable(self._closed)
         old = self._members.get(peer.worker)
         superseded: frozenset[str] = frozenset()
         if old is not None:

@@ -80,8 +80,9 @@ class Connection:
             message = f"{self.target} does not serve this call ({details}); is it the address of another service?"
             return errors.FailedPrecondition(message, reason="WRONG_SERVICE")
         if code is grpc.StatusCode.UNAVAILABLE and not _from_a_service(error):
-            # gRPC wraps the cause: "failed to connect to all addresses; last error: …: Connection refused".
-            cause = details.rpartition("last error: ")[2]
+            # gRPC wraps it: "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused".
+            _, wrapped, last = details.rpartition("last error: ")
+            cause = last.rpartition(": ")[2] if wrapped else details
             return errors.Unavailable(f"no connection to {self.target}: {cause}", reason="UNREACHABLE")
         return errors.from_rpc_error(error)
 

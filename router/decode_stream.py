@@ -98,6 +98,7 @@ class DecodeStream:
         self._commands.put_nowait(decode_pb2.DecodeRequest(open=opening))
         self._call = stub.Decode(self._requests(), timeout=timeout_s)
         self._deliver = deliver
+        self._has_logprobs = opening.HasField("num_logprobs") or opening.HasField("num_prompt_logprobs")
         self._is_complete = False
         self._reader = asyncio.create_task(self._read())
 
@@ -121,13 +122,17 @@ class DecodeStream:
         while (command := await self._commands.get()) is not None:
             yield command
 
+    def _chunk(self, message: decode_pb2.DecodeChunk) -> Chunk:
+        if self._has_logprobs:
+            return Chunk(message.token_ids[:], message.logprobs, message.prompt_logprobs)
+        return Chunk(message.token_ids[:], (), ())
+
     async def _read(self) -> None:
         try:
             async for response in self._call:
                 kind = response.WhichOneof("response")
                 if kind == "chunk":
-                    chunk = response.chunk
-                    self._deliver(Chunk(list(chunk.token_ids), chunk.logprobs, chunk.prompt_logprobs))
+                    self._deliver(self._chunk(response.chunk))
                 elif kind == "completion":
                     self._is_complete = True
                     self._deliver(_completion(response.completion))

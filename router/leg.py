@@ -97,7 +97,7 @@ class Leg:
                 local_prefill=self._is_local,
             )
             stub = self._fleet.decode_stub(self._worker)
-            self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._inbox.put)
+            self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._deliver)
             resources.callback(self._stream.close)
             resources.callback(self._end_attempt)
             self._resources = resources.pop_all()
@@ -107,6 +107,10 @@ class Leg:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._resources.close()
+
+    def pause(self, seconds: float) -> None:
+        """Lets tokens gather for so long before `advance` goes on; nothing else waits."""
+        self._inbox.pause(seconds)
 
     async def advance(self) -> DecodeCompletion | None:
         """Waits until something has happened, and deals with all that has. Tokens go to the output.
@@ -152,6 +156,9 @@ class Leg:
             num_cached_tokens=0,
             local_prefill_ms=0.0,
         )
+
+    def _deliver(self, event: Event) -> None:
+        self._inbox.put(event, can_wait=isinstance(event, Chunk))
 
     def _begin_attempt(self, reserved: Reserved) -> None:
         self._state = State.FILLING

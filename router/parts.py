@@ -9,11 +9,13 @@ from common.metrics import RouterMetrics
 from common.tokenization import Tokenizer
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
+from router.pacer import Pacer
 
 
 class Parts(NamedTuple):
     fleet: Fleet
     dispatcher: Dispatcher
+    pacer: Pacer
     # None: token ids alone go in and out.
     tokenizer: Tokenizer | None
     metrics: RouterMetrics

@@ -19,6 +19,7 @@ from pdserve.v1 import router_pb2_grpc
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.in_flight import InFlight
+from router.pacer import Pacer
 from router.parts import Parts
 from router.queue import RequestQueue
 from router.servicer import RouterServicer
@@ -34,6 +35,9 @@ class Router:
         self.health = Health()
         self.metrics = RouterMetrics()
         self._is_stopping = False
+        self._clock = clock
+        self._startup_grace_s = config.startup_grace_s
+        self._started_s = clock()
         self.fleet = Fleet(
             config.prefill,
             config.decode,
@@ -46,7 +50,7 @@ class Router:
         )
         self._dispatcher = Dispatcher(self._queue, self.fleet, clock)
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
-        self.parts = Parts(self.fleet, self._dispatcher, tokenizer, self.metrics, clock)
+        self.parts = Parts(self.fleet, self._dispatcher, Pacer(), tokenizer, self.metrics, clock)
         self._servicer = RouterServicer(config, self.parts, self._in_flight)
         self.metrics.queue_requests.set_function(lambda: len(self._queue))
         self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
@@ -55,7 +59,11 @@ class Router:
     async def running(self) -> AsyncIterator[None]:
         """Watches the workers meanwhile."""
         async with self.fleet:
-            yield
+            end_of_grace = asyncio.get_running_loop().call_later(self._startup_grace_s, self._workers_changed)
+            try:
+                yield
+            finally:
+                end_of_grace.cancel()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(self._servicer, server)
@@ -67,8 +75,15 @@ class Router:
         log.info("waiting for %d requests", len(self._in_flight))
         await self._in_flight.drain()
 
+    @property
+    def _has_met_enough(self) -> bool:
+        """Workers that start together with the router are waited for: without prefill it would begin degraded."""
+        if all(worker.identity for worker in self.fleet.workers):
+            return True
+        return self._clock() >= self._started_s + self._startup_grace_s
+
     def _workers_changed(self) -> None:
-        is_ready = self.fleet.can_serve and not self._is_stopping
+        is_ready = self.fleet.can_serve and self._has_met_enough and not self._is_stopping
         if is_ready is not self.health.is_ready:
             self.health.set_ready(is_ready)
         self.metrics.degraded.set(self.fleet.is_degraded)

@@ -107,7 +107,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
         async def put_out(piece: Piece) -> None:
             record.put_out(piece)
-            await write(router_pb2.GenerateResponse(chunk=_chunk(piece)))
+            await write(_chunk(piece))
 
         completed = await session.run(put_out)
         record.completed(completed)
@@ -126,10 +126,17 @@ def client_of(peer: str) -> str:
     return address.rpartition(":")[0].strip("[]") if scheme in ("ipv4", "ipv6") else address
 
 
-def _chunk(piece: Piece) -> router_pb2.TokenChunk:
-    return router_pb2.TokenChunk(
-        token_ids=piece.token_ids, text=piece.text, logprobs=piece.logprobs, prompt_logprobs=piece.prompt_logprobs
-    )
+def _chunk(piece: Piece) -> router_pb2.GenerateResponse:
+    # Filling a message in place takes a third of the time of constructing it; there is one for each few tokens.
+    response = router_pb2.GenerateResponse()
+    chunk = response.chunk
+    chunk.token_ids.extend(piece.token_ids)
+    chunk.text = piece.text
+    if piece.logprobs:
+        chunk.logprobs.extend(piece.logprobs)
+    if piece.prompt_logprobs:
+        chunk.prompt_logprobs.extend(piece.prompt_logprobs)
+    return response
 
 
 def _completion(completed: Completed) -> router_pb2.Completion:

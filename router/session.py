@@ -64,7 +64,7 @@ class Session:
         placed_s = self._parts.clock()
         self._path.queue_ms = (placed_s - self.request.received_s) * 1e3
         self._parts.metrics.queue_s.observe(placed_s - self.request.received_s)
-        with self._parts.metrics.running_requests.track_inprogress():
+        with self._parts.metrics.running_requests.track_inprogress(), self._parts.pacer.stream():
             completion = await self._serve(placement, placed_s, put_out)
         ending = self.output.finish(completion.ending)
         await self._put_out_ready(put_out)
@@ -99,12 +99,15 @@ class Session:
             if completion is not None:
                 await leg.prefill_answer()
                 return completion
-            await self._put_out_ready(put_out)
+            if await self._put_out_ready(put_out):
+                leg.pause(self._parts.pacer.pause_s)
 
-    async def _put_out_ready(self, put_out: PutOut) -> None:
+    async def _put_out_ready(self, put_out: PutOut) -> bool:
         piece = self.output.take()
-        if piece is not None:
-            await put_out(piece)
+        if piece is None:
+            return False
+        await put_out(piece)
+        return True
 
     async def _place_elsewhere(self, placement: Placement, error: PdserveError) -> Placement:
         """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""

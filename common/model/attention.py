@@ -48,7 +48,7 @@ def _decode(q_SNH: Tensor, kv_P2BKH: Tensor, group: DecodeGroup, scale: float) -
 
 
 def _prefill(q_QNH: Tensor, kv_P2BKH: Tensor, span: PrefillSpan, scale: float) -> Tensor:
-    k_1KLH, v_1KLH = _rows(kv_P2BKH, span.kv_rows_2L.unsqueeze(1)).transpose(2, 3)
+    k_1KLH, v_1KLH = _rows(kv_P2BKH, span.kv_rows_21L).transpose(2, 3)
     out_1NQH = F.scaled_dot_product_attention(
         q_QNH.transpose(0, 1).unsqueeze(0),
         k_1KLH,
@@ -64,5 +64,5 @@ def _prefill(q_QNH: Tensor, kv_P2BKH: Tensor, span: PrefillSpan, scale: float) -
 def _rows(kv_P2BKH: Tensor, rows_2SL: Tensor) -> Tensor:
     """kv_2SLKH, gathered by whole rows."""
     num_kv_heads, head_dim = kv_P2BKH.shape[3:]
-    gathered = kv_P2BKH.view(-1, num_kv_heads * head_dim).index_select(0, rows_2SL.view(-1))
+    gathered = kv_P2BKH.view(-1, num_kv_heads * head_dim).index_select(0, rows_2SL.reshape(-1))
     return gathered.view(*rows_2SL.shape, num_kv_heads, head_dim)

@@ -34,7 +34,7 @@ class PrefillSpan(NamedTuple):
 
     start: int
     end: int
-    kv_rows_2L: Tensor
+    kv_rows_21L: Tensor
     # Added to the scores; None when nothing comes before the chunk, so that the mask is a plain triangle.
     mask_QL: Tensor | None
 
@@ -79,19 +79,23 @@ def written_rows(batch: ForwardBatch, block_size: int) -> Tensor:
 
 def _decode_group(batch: ForwardBatch, group: list[int], block_size: int, dtype: torch.dtype) -> DecodeGroup:
     kv_len_S, block_table_SP, tokens_S = batch.kv_len_S, batch.block_table_SP, None
+    own_rows_S2 = batch.once(written_rows, block_size)
     if len(group) < batch.num_seqs or not batch.decode_only:
         sequences_S = torch.tensor(group, device=kv_len_S.device)
         tokens_S = torch.tensor([batch.query_start_S1[seq] for seq in group], device=kv_len_S.device)
-        kv_len_S, block_table_SP = kv_len_S[sequences_S], block_table_SP[sequences_S]
+        kv_len_S, block_table_SP, own_rows_S2 = (
+            kv_len_S[sequences_S],
+            block_table_SP[sequences_S],
+            own_rows_S2[tokens_S],
+        )
     lens = [batch.kv_lens[seq] for seq in group]
-    positions_L = torch.arange(max(lens), device=kv_len_S.device)
-    last_S1 = kv_len_S.unsqueeze(1) - 1
-    # Padding reads the sequence's own last row again: a masked NaN from somebody else's block would still be a NaN.
-    kv_rows_2SL = _cache_rows(block_table_SP, torch.minimum(positions_L, last_S1), block_size)
-    mask_S11L = None
+    kv_rows_2SL, mask_S11L = _cache_rows(block_table_SP, max(lens), block_size), None
     if min(lens) < max(lens):
+        padding_SL = torch.arange(max(lens), device=kv_len_S.device) >= kv_len_S.unsqueeze(1)
+        # Padding reads the sequence's own newest row: a masked NaN out of somebody else's block would still be a NaN.
+        kv_rows_2SL = torch.where(padding_SL, own_rows_S2.t().unsqueeze(2), kv_rows_2SL)
         mask_SL = torch.zeros(len(lens), max(lens), dtype=dtype, device=kv_len_S.device)
-        mask_S11L = mask_SL.masked_fill_(positions_L > last_S1, -torch.inf)[:, None, None]
+        mask_S11L = mask_SL.masked_fill_(padding_SL, -torch.inf)[:, None, None]
     return DecodeGroup(tokens_S, kv_rows_2SL, mask_S11L)
 
 
@@ -99,17 +103,17 @@ def _prefill_span(
     batch: ForwardBatch, seq: int, start: int, end: int, block_size: int, dtype: torch.dtype
 ) -> PrefillSpan:
     num_queries, kv_len, device = end - start, batch.kv_lens[seq], batch.kv_len_S.device
-    positions_1L = torch.arange(kv_len, device=device).unsqueeze(0)
-    kv_rows_2L = _cache_rows(batch.block_table_SP[seq : seq + 1], positions_1L, block_size)[:, 0]
+    kv_rows_21L = _cache_rows(batch.block_table_SP[seq : seq + 1], kv_len, block_size)
     mask_QL = None
     if num_queries < kv_len:
         mask_QL = torch.full((num_queries, kv_len), -torch.inf, dtype=dtype, device=device)
         mask_QL.triu_(kv_len - num_queries + 1)
-    return PrefillSpan(start, end, kv_rows_2L, mask_QL)
+    return PrefillSpan(start, end, kv_rows_21L, mask_QL)
 
 
-def _cache_rows(block_table_SP: Tensor, positions_SL: Tensor, block_size: int) -> Tensor:
-    """rows_2SL: key rows, then value rows."""
-    block_SL = block_table_SP.gather(1, positions_SL // block_size)
-    key_SL = block_SL * (2 * block_size) + positions_SL % block_size
-    return torch.stack((key_SL, key_SL + block_size))
+def _cache_rows(block_table_SP: Tensor, num_positions: int, block_size: int) -> Tensor:
+    """rows_2SL: key rows, then value rows, of the first L positions."""
+    num_blocks = -(-num_positions // block_size)
+    first_SP1 = (block_table_SP[:, :num_blocks] * (2 * block_size)).unsqueeze(2)
+    offset_211B = torch.arange(2 * block_size, device=block_table_SP.device).view(2, 1, 1, block_size)
+    return (first_SP1 + offset_211B).flatten(2)[:, :, :num_positions]

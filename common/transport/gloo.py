@@ -1,6 +1,6 @@
 """The process group over TCP with gloo: a `ProcessGroupGloo` for each pair, made without default group or TCPStore.
 
-The rendezvous is one key of about 170 bytes each way. What gloo does when a peer dies shapes the rest: a receive that
+The rendezvous is each side's HOST:PORT. What gloo does when a peer dies shapes the rest: a receive that
 waits for its message fails within 20 ms, a transfer in the middle of a message hangs until its own timeout, and
 `abort()` wakes nobody. So `wait_for_end` keeps a receive open that never gets a message, and `close` lets an operation
 time out, which makes gloo close the connection and wake everybody else, here and at the peer.
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.transport.gloo_address import key_listening_at, listening_address
 from common.transport.group import PairBroken
 
 _PAYLOAD_TAG = 0
@@ -124,24 +125,25 @@ class GlooJoining:
 
 
 class _OneKeyEachWay(dist.Store):
-    """All that gloo asks of a store for two ranks: it sets this rank's one key and reads both."""
+    """All that gloo asks of a store for two ranks: it sets this rank's key and reads both."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__()
         self.own: Future[bytes] = Future()
         self.peer: Future[bytes] = Future()
         self._timeout_s = timeout_s
-        self._own_key = ""
+        self._own_name = ""
+        self._own_key = b""
 
     def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
-        self._own_key = key
-        self.own.set_result(value)
+        self._own_name, self._own_key = key, value
+        self.own.set_result(str(listening_address(value)).encode())
 
     def get(self, key: str) -> bytes:
-        if key == self._own_key:
-            return self.own.result()
+        if key == self._own_name:
+            return self._own_key
         try:
-            return self.peer.result(self._timeout_s)
+            return key_listening_at(self.peer.result(self._timeout_s), self._own_key)
         except TimeoutError:
             raise PairBroken(f"the peer's part of the rendezvous did not come within {self._timeout_s:g} s") from None
         except CancelledError:

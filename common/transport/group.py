@@ -10,6 +10,7 @@ from common.errors import Unavailable
 
 PREFILL_RANK = 0
 DECODE_RANK = 1
+MAX_RENDEZVOUS_BYTES = 4096
 
 
 class PairBroken(Unavailable):
@@ -57,7 +58,7 @@ class Joining(Protocol):
     """One side of a group that is being made. Each side has a few bytes that the other needs."""
 
     async def rendezvous(self) -> bytes:
-        """What the peer has to be told."""
+        """What the peer has to be told; at most MAX_RENDEZVOUS_BYTES."""
 
     async def connect(self, peer_rendezvous: bytes) -> PairGroup:
         """The group. The peer has to connect at the same time.

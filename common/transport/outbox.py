@@ -33,13 +33,12 @@ class Outbox(Generic[Message]):
         self._wake()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
+        while not (self._closed and not self._messages):
             while self._messages:
                 yield self._messages.popleft()
-            if self._closed and not self._messages:
-                return
+            if not self._closed:
+                await self._arrived.wait()
+                self._arrived.clear()
 
     def _wake(self) -> None:
         if not self._waking:

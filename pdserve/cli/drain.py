@@ -50,8 +50,8 @@ async def _show_bar(progress: AsyncIterator[DrainProgress]) -> None:
 
 async def _show_lines(progress: AsyncIterator[DrainProgress]) -> None:
     shown = -1
-    async for num_remaining, done in progress:
-        if num_remaining != shown and not done:
+    async for num_remaining, _ in progress:
+        if num_remaining not in (0, shown):
             print(_left(num_remaining), flush=True)
             shown = num_remaining
 

@@ -13,7 +13,7 @@ Command = Callable[[argparse.Namespace], Awaitable[int]]
 
 _REMEDIES = {
     "UNREACHABLE": "is it running, and is this its address?",
-    "NOT_READY": "its log says what it waits for",
+    "NOT_READY": "its log says why",
 }
 
 

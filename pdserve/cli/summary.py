@@ -53,7 +53,7 @@ def summary(completion: Completion, stopwatch: Stopwatch) -> list[Text]:
         _line("first token", ", ".join(pace)),
         _line("tokens", f"{usage.completion_tokens:,} from {prompt}"),
         _line("finished", _ending(completion)),
-        _line("path", f"{path.prefill_worker} → {path.decode_worker}" + _resumptions(path)),
+        _line("path", _workers(path)),
         _line("KV", f"{path.kv_path}: {_kv_in_words(path)}"),
         _line("times", f"{times} · first decode {_ms(path.first_decode_ms)}"),
     ]
@@ -87,8 +87,10 @@ def _kv_in_words(path: ServingPath) -> str:
     return crossed
 
 
-def _resumptions(path: ServingPath) -> str:
-    return f", {counted(path.num_resumptions, 'resumption')}" if path.num_resumptions else ""
+def _workers(path: ServingPath) -> str:
+    alone = path.prefill_worker == path.decode_worker
+    words = f"{path.decode_worker} alone" if alone else f"{path.prefill_worker} → {path.decode_worker}"
+    return f"{words}, {counted(path.num_resumptions, 'resumption')}" if path.num_resumptions else words
 
 
 def _ms(value: float) -> str:

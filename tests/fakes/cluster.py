@@ -52,6 +52,7 @@ class FakeCluster:
                     "prefill": tuple(worker.address for worker in self.prefills) or ("127.0.0.1:1",),
                     "decode": tuple(worker.address for worker in self.decodes) or ("127.0.0.1:1",),
                     "heartbeat_timeout_s": 0.6,
+                    "startup_grace_s": 0.0,
                     **config,
                 }
             )

@@ -82,13 +82,17 @@ SEED_FIGURES = decode_pb2.GetPipelineStatsResponse(
 
 
 class FakeRouter(router_pb2_grpc.RouterServiceServicer):
-    """`requests` and `deadlines_s` record the calls; `left` is set once a caller has left a HANG."""
+    """Records `requests` and `deadlines_s`; sets `hangs` when a call comes to a HANG and `left` when it ends there.
+
+    Not ready until `health` is told so.
+    """
 
     def __init__(self, script=SCRIPT, *, workers=WORKERS) -> None:
         self.script = script
         self.workers = workers
         self.requests: list[router_pb2.GenerateRequest] = []
         self.deadlines_s: list[float | None] = []
+        self.hangs = asyncio.Event()
         self.left = asyncio.Event()
         self.health = Health()
 
@@ -97,6 +101,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         self.deadlines_s.append(context.time_remaining())
         for step in self.script:
             if step is HANG:
+                self.hangs.set()
                 try:
                     await asyncio.Event().wait()
                 finally:

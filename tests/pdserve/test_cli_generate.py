@@ -64,6 +64,7 @@ async def test_stderr_tells_how_it_was_served(generate):
         ({"kv_path": types_pb2.KV_PATH_LOCAL, "kv_bytes": 0}, "LOCAL: computed by the decode worker itself, no bytes"),
         ({"kv_path": types_pb2.KV_PATH_CACHED, "kv_bytes": 0}, "CACHED: decode held all of it already, no bytes"),
         ({"kv_path": types_pb2.KV_PATH_RECOMPUTED}, "RECOMPUTED: lost on the way and computed again, 245,760 bytes"),
+        ({"prefill_worker": "decode-b"}, "path        decode-b alone"),
         ({"num_resumptions": 1}, "decode-b, 1 resumption"),
     ],
 )

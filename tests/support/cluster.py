@@ -64,6 +64,7 @@ class RealCluster:
         self.prefills: list[Served] = []
         self.decodes: list[Served] = []
         self.router: Router
+        self.address = ""
         self.stub: router_pb2_grpc.RouterServiceStub
 
     @property
@@ -95,7 +96,8 @@ class RealCluster:
             port = rpc.bind(server, "127.0.0.1:0")
             await server.start()
             stack.push_async_callback(server.stop, None)
-            channel = rpc.connect(f"127.0.0.1:{port}")
+            self.address = f"127.0.0.1:{port}"
+            channel = rpc.connect(self.address)
             stack.push_async_callback(channel.close)
             self.stub = router_pb2_grpc.RouterServiceStub(channel)
             total = len(self.prefills) + len(self.decodes)

@@ -57,7 +57,7 @@ def _print(checks: list[Check], broken: list[str]) -> None:
         terminal.print(heading, style="bold")
         terminal.print(table)
         terminal.print()
-    terminal.print(f"broken: {', '.join(broken)}" if broken else "Everything that serving on the CPU needs is here.")
+    terminal.print(f"broken: {', '.join(broken)}" if broken else "Everything that `make run` needs is here.")
 
 
 def _words(check: Check) -> Text:

@@ -62,9 +62,9 @@ def _called(result: tuple[Any, ...]) -> Any:
 PROBES = {
     "cuda-python": Probe("gpu", version, _INSTALL),
     "cuInit": Probe(
-        "gpu", init, "install or update the NVIDIA driver (580 or later); in a container: start it with the GPU"
+        "gpu", init, "CUDA_VISIBLE_DEVICES hides no GPU? driver 580 or later? in a container: with the GPU?"
     ),
     "green contexts": Probe(
-        "gpu", green_contexts, "the pipeline runs sequentially without; driver 550 or later has them"
+        "gpu", green_contexts, "the pipeline runs sequentially; partitions need driver 550 or later"
     ),
 }

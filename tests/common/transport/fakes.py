@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,10 +16,30 @@ from common.engine.kv_cache import KvCache
 from common.model.config import ModelConfig
 from common.transport.gloo import GlooGroup, GlooJoining
 from common.transport.group import DECODE_RANK, PREFILL_RANK
-from common.transport.messages import AttemptKey, AttemptOutcome, ChunkHeader, Commit, TransferStatus
+from common.transport.messages import AttemptKey, AttemptOutcome, ChunkHeader, Commit, PairIdentity, TransferStatus
+from decode_service.pairs import PairServer
+from pdserve.v1 import decode_pb2_grpc
 
 WAIT_S = 10.0
 NUM_LAYERS = 3
+
+PREFILL = PairIdentity("prefill-0", "prefill-boot", "digest", "layout")
+DECODE = PairIdentity("decode-0", "decode-boot", "digest", "layout")
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Blocks until it holds."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came true"
+        time.sleep(0.001)
+
+
+async def until_async(condition: Callable[[], object]) -> None:
+    """Lets the event loop run until it holds."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 def small_cache(
@@ -63,8 +85,6 @@ class FakeEngine:
     # Everything that came, in order, as (what, key or reason).
     heard: list[tuple[str, object]] = field(default_factory=list)
     on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
-    # While set, the engine does nothing, as in the middle of a long step.
-    paused: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -79,6 +99,7 @@ class FakeEngine:
         self._thread.join(WAIT_S)
 
     def pause(self) -> None:
+        """What comes waits in the inbox, as in the middle of a long step."""
         self._running.clear()
 
     def resume(self) -> None:
@@ -187,3 +208,15 @@ async def gloo_groups() -> tuple[GlooGroup, GlooGroup]:
     prefill, decode = (GlooJoining(rank, interface="127.0.0.1", timeout_s=5) for rank in (PREFILL_RANK, DECODE_RANK))
     rendezvous = [await prefill.rendezvous(), await decode.rendezvous()]
     return tuple(await asyncio.gather(prefill.connect(rendezvous[1]), decode.connect(rendezvous[0])))  # type: ignore[return-value]
+
+
+class PairServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """DecodeService with nothing but ConnectPair."""
+
+    def __init__(self, pairs: PairServer) -> None:
+        self._pairs = pairs
+
+    async def ConnectPair(self, request_iterator, context):
+        async with contextlib.aclosing(self._pairs.connect(request_iterator, context)) as responses:
+            async for response in responses:
+                yield response

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from common.address import Address
 from common.transport.authentication import Credentials, authenticate, new_token
 from common.transport.gloo import GlooJoining
 from common.transport.group import DECODE_RANK, PREFILL_RANK, PairBroken
@@ -61,11 +63,20 @@ async def test_a_peer_that_never_comes_is_named_within_the_timeout() -> None:
         await asyncio.wait_for(joining.connect(address), WAIT_S)
 
 
-async def test_nonsense_for_a_rendezvous_is_refused() -> None:
+@pytest.mark.parametrize("nonsense", [b"", b"nonsense", b"\xff" * 170, b"decode:50053", b"127.0.0.1:65536"])
+async def test_nonsense_for_a_rendezvous_is_refused(nonsense: bytes) -> None:
     joining = GlooJoining(PREFILL_RANK, interface="127.0.0.1", timeout_s=1)
     await joining.rendezvous()
-    with pytest.raises(PairBroken):
-        await asyncio.wait_for(joining.connect(b"nonsense"), WAIT_S)
+    with pytest.raises(PairBroken, match="is not at an IP address and port"):
+        await asyncio.wait_for(joining.connect(nonsense), WAIT_S)
+
+
+async def test_the_rendezvous_is_the_address_that_gloo_listens_on() -> None:
+    joining = GlooJoining(PREFILL_RANK, interface="127.0.0.1", timeout_s=1)
+    address = Address.parse((await joining.rendezvous()).decode())
+    assert address.host == "127.0.0.1"
+    with socket.create_connection(address):
+        joining.cancel()
 
 
 async def test_an_interface_that_does_not_exist_is_named() -> None:

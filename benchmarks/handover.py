@@ -1,0 +1,57 @@
+"""The hand-over: prefill's first token known until the second token is at the client, less one decode step."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+
+from benchmarks.direct import DirectClient, Timeline
+from benchmarks.report import Report
+from common.config import TINY_MODEL
+from common.tokenization import Tokenizer
+from tests.support.processes import running_services
+
+REPEATS = 60
+LENGTHS = (64, 512, 1536)
+
+
+def handover_ms(timeline: Timeline) -> float:
+    """From the client's clock: second token's arrival, less queue and prefill, less a steady step.
+
+    What is left holds the calls, the transfer, the commit and the way of the tokens to the client: an upper bound of the
+    hand-over, since the way of the Prefill call is in it as well.
+    """
+    times = [when for when, count in timeline.arrivals for _ in range(count)]
+    step = statistics.median(later - earlier for earlier, later in zip(times[4:], times[5:], strict=False))
+    before = (timeline.prefill.queue_ms + timeline.prefill.prefill_ms) / 1e3
+    return (times[1] - timeline.started - before - step) * 1e3
+
+
+async def measure(prefill: str, decode: str, length: int) -> tuple[list[float], list[Timeline]]:
+    tokenizer = Tokenizer.load(TINY_MODEL)
+    assert tokenizer is not None
+    async with DirectClient(prefill, decode) as client:
+        timelines = []
+        for index in range(REPEATS + 5):
+            token_ids = [(index * 131 + place * 7) % 1800 + 100 for place in range(length)]
+            timelines.append(await client.generate(token_ids, 24))
+    kept = timelines[5:]
+    return [handover_ms(timeline) for timeline in kept], kept
+
+
+def run() -> None:
+    report = Report("handover", "Hand-over from prefill to decode, bundled model")
+    with running_services(prefill_args=["--num-threads", "1"], decode_args=["--num-threads", "1"]) as services:
+        for length in LENGTHS:
+            values, timelines = asyncio.run(measure(services.prefill.address, services.decode.address, length))
+            transfer = statistics.median(timeline.prefill.kv_transfer_ms for timeline in timelines)
+            report.add(
+                prompt_tokens=length,
+                p50_ms=statistics.median(values),
+                p90_ms=statistics.quantiles(values, n=10)[-1],
+                of_which_transfer_ms=transfer,
+                kv_kib=timelines[0].prefill.kv_bytes / 1024,
+                target="p50 <= 10",
+            )
+    report.notes = [f"{REPEATS} requests one after the other; no prefix is cached on either side."]
+    report.save()
