@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 
 from benchmarks.direct import DirectClient, Timeline
@@ -18,11 +19,11 @@ LENGTHS = (64, 512, 1536)
 def handover_ms(timeline: Timeline) -> float:
     """From the client's clock: second token's arrival, less queue and prefill, less a steady step.
 
-    What is left holds the calls, the transfer, the commit and the way of the tokens to the client: an upper bound of the
-    hand-over, since the way of the Prefill call is in it as well.
+    What is left holds the calls, the transfer, the commit and the way of the tokens to the client: an upper bound of
+    the hand-over, since the way of the Prefill call is in it as well.
     """
     times = [when for when, count in timeline.arrivals for _ in range(count)]
-    step = statistics.median(later - earlier for earlier, later in zip(times[4:], times[5:], strict=False))
+    step = statistics.median(later - earlier for earlier, later in itertools.pairwise(times[4:]))
     before = (timeline.prefill.queue_ms + timeline.prefill.prefill_ms) / 1e3
     return (times[1] - timeline.started - before - step) * 1e3
 

@@ -164,4 +164,7 @@ def from_rpc_error(error: grpc.RpcError) -> PdserveError:
                     field = bad.field_violations[0].field
                 elif detail.Unpack(retry):
                     retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    if code is grpc.StatusCode.INTERNAL and not reason:
+        # No service of ours said so: gRPC itself lost the call.
+        return Unavailable(f"the call was lost: {message}", reason="CALL_LOST")
     return BY_CODE.get(code, Internal)(message, field=field, reason=reason, retry_after_s=retry_after_s)

@@ -68,7 +68,7 @@ OnEvents = Callable[[list[tuple[Sequence, Event]]], None]
 
 
 class DecodeEngine(EngineLoop):
-    """Implements the transport's KvSink: chunks and commits come from the pairs' threads, are judged and written here."""
+    """Implements the transport's KvSink: what comes from the pairs' threads is judged and written here."""
 
     def __init__(
         self,

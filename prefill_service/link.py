@@ -8,12 +8,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from common import rpc
 from common.clock import Clock
 from common.config import PrefillConfig
-from common.errors import FailedPrecondition, InvalidArgument, PdserveError, Unavailable
+from common.errors import FailedPrecondition, Internal, InvalidArgument, PdserveError, Unavailable
 from common.transport.authentication import Credentials, authenticate
 from common.transport.group import PREFILL_RANK, Join
 from common.transport.messages import FromPrefill, PairHello, PairIdentity, PairWelcome
@@ -56,6 +57,7 @@ class Link:
         self._backends = backends
         self._clock = clock
         self.task = asyncio.create_task(self._run(), name=name)
+        self.task.add_done_callback(self._over)
 
     @property
     def pair(self) -> SendingPair | None:
@@ -81,8 +83,14 @@ class Link:
             self._fail(Unavailable(f"connecting to {self.endpoint} took more than {self._config.pair_connect_s:g} s"))
         except PdserveError as error:
             self._fail(error)
-        finally:
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        # Not a `finally` in the task: one that is cancelled before its first step never gets there.
+        if task.cancelled():
             self._fail(Unavailable("the prefill worker is shutting down"))
+        elif task.exception() is not None:
+            log.error("bug in %s with %s", self._name, self.endpoint, exc_info=task.exception())
+            self._fail(Internal(f"{self._name} with {self.endpoint}: {task.exception()}"))
 
     def _fail(self, error: PdserveError) -> None:
         if not self.made.done():
@@ -133,10 +141,15 @@ class Link:
 
     async def _exchange(self, call: Any, hello: PairHello) -> PairWelcome:
         with rpc.translate():
-            # The call may be over already; reading says why.
-            with contextlib.suppress(asyncio.InvalidStateError):
-                await call.write(request_to_proto(hello))
-            response = await call.read()
+            try:
+                # The call may be over already; reading says why.
+                with contextlib.suppress(asyncio.InvalidStateError):
+                    await call.write(request_to_proto(hello))
+                response = await call.read()
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    raise FailedPrecondition(f"{self.endpoint} is no decode worker", reason="WRONG_ROLE") from error
+                raise
         welcome = None if response is grpc.aio.EOF else response_from_proto(response)
         if not isinstance(welcome, PairWelcome):
             raise Unavailable(f"decode worker {self.endpoint} did not answer a hello with a welcome")

@@ -40,10 +40,13 @@ class Attempt:
         """Cancels the call, if it is still under way. Nothing is delivered any more."""
         self._task.cancel()
 
+    @property
+    def is_running(self) -> bool:
+        return not self._task.done()
+
     async def ended(self, timeout_s: float) -> None:
         """Waits, not for longer, until the call has ended."""
-        if not self._task.done():
-            await asyncio.wait([self._task], timeout=timeout_s)
+        await asyncio.wait([self._task], timeout=timeout_s)
 
     async def _run(self, call: Callable[[], Awaitable[PrefillResult]]) -> None:
         try:

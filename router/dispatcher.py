@@ -28,6 +28,7 @@ class Placement(NamedTuple):
     generation: int
     identity: Identity
     share: Share
+    demand: Demand
 
 
 class _Waiting(NamedTuple):
@@ -68,12 +69,13 @@ class Dispatcher:
         ticket = self.queue.join(request)
         waiting = self._waiting[ticket] = _Waiting(demand, asyncio.get_running_loop().create_future())
         self._arm()
+        # It may be ahead of those that have no room.
+        self.wake()
         try:
             return await waiting.placed
         except asyncio.CancelledError:
             if waiting.was_placed:
                 waiting.placed.result().share.end()
-                self.wake()
             raise
         finally:
             self._forget(ticket)
@@ -101,6 +103,8 @@ class Dispatcher:
         """Gives those at the head of the queue to workers that have room."""
         self._changed.set()
         self._changed = asyncio.Event()
+        if self._fleet.can_serve:
+            self._stranded_since_s = None
         while (ticket := self.queue.head) is not None:
             waiting = self._waiting[ticket]
             if waiting.placed.cancelled():
@@ -131,7 +135,7 @@ class Dispatcher:
         assert identity is not None, "a serving worker has been met"
         num_blocks = demand.num_blocks(identity) - choice.num_cached_blocks
         share = choice.worker.take(num_blocks=num_blocks)
-        return Placement(choice.worker, choice.worker.generation, identity, share)
+        return Placement(choice.worker, choice.worker.generation, identity, share, demand)
 
     def _arm(self) -> None:
         if self._sweep is None and len(self.queue):
@@ -160,7 +164,6 @@ class Dispatcher:
     def _is_stranded(self) -> bool:
         """No decode worker takes new work, and that is more than a hiccup."""
         if self._fleet.can_serve:
-            self._stranded_since_s = None
             return False
         if self._stranded_since_s is None:
             self._stranded_since_s = self._clock()

@@ -59,6 +59,8 @@ class Fleet:
         self.decode = [Worker(Role.DECODE, address, wedged_after_s=wedged_after_s) for address in decode]
         self.heartbeat_timeout_s = heartbeat_timeout_s
         self._on_change = on_change
+        for worker in self.workers:
+            worker.on_room = on_change
         self._clock = clock
         self._channels: dict[Worker, grpc.aio.Channel] = {}
         self._decode_stubs: dict[Worker, decode_pb2_grpc.DecodeServiceStub] = {}
@@ -87,6 +89,9 @@ class Fleet:
     @property
     def workers(self) -> list[Worker]:
         return [*self.prefill, *self.decode]
+
+    def num_workers(self, role: Role, state: WorkerState) -> int:
+        return sum(worker.role is role and worker.state is state for worker in self.workers)
 
     @property
     def can_serve(self) -> bool:

@@ -15,7 +15,7 @@ from common.tokenization.stop_strings import MAX_STOP_STRING_LENGTH
 from common.wire import sampling_from_proto, stopping_from_proto
 from pdserve.v1 import router_pb2
 from router.fleet import ServedModel
-from router.request import Request
+from router.request import Arrival, Request
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_CACHE_SALT_BYTES = 256
@@ -55,11 +55,8 @@ class Intake:
         self,
         message: router_pb2.GenerateRequest,
         model: ServedModel,
-        *,
         request_id: str,
-        client: str,
-        received_s: float,
-        deadline_s: float,
+        arrival: Arrival,
     ) -> Request:
         """A checked message as a Request for `model`.
 
@@ -81,7 +78,6 @@ class Intake:
         self._check_tokens(field, token_ids, model)
         return Request(
             request_id=request_id,
-            client=client,
             prompt_token_ids=token_ids,
             sampling=sampling,
             stopping=_bounded(stopping, len(token_ids), model, is_default=not message.stopping.HasField("max_tokens")),
@@ -89,8 +85,7 @@ class Intake:
             num_prompt_logprobs=message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None,
             cache_salt=message.cache_salt,
             priority=message.priority,
-            deadline_s=deadline_s,
-            received_s=received_s,
+            arrival=arrival,
         )
 
     async def _token_ids(self, message: router_pb2.GenerateRequest) -> tuple[str, Sequence[int]]:

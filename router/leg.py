@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from enum import Enum
 from functools import partial
 from types import TracebackType
@@ -59,17 +58,12 @@ class Leg:
     """A context manager: the stream, the Prefill call and what they take of both workers end with it."""
 
     def __init__(
-        self,
-        request: Request,
-        output: Output,
-        placement: Placement,
-        parts: Parts,
-        path: PathRecord,
-        failures: Failures,
+        self, request: Request, output: Output, placement: Placement, parts: Parts, path: PathRecord, failures: Failures
     ) -> None:
         self.identity = placement.identity
         self._worker = placement.worker
         self._share = placement.share
+        self._demand = placement.demand
         self._request = request
         self._output = output
         self._fleet = parts.fleet
@@ -89,10 +83,10 @@ class Leg:
         """Raises DeadlineExceeded."""
         with contextlib.ExitStack() as resources:
             resources.callback(self._share.end)
-            resources.enter_context(self._worker.loss_told_to(lambda error: self._inbox.put(StreamLost(error))))
+            resources.enter_context(self._worker.loss_told_to(lambda error: self._deliver(StreamLost(error))))
             first = opening(
                 self._request,
-                self._token_ids,
+                self._current_demand().token_ids,
                 model_fingerprint=self.identity.model_fingerprint,
                 local_prefill=self._is_local,
             )
@@ -138,11 +132,15 @@ class Leg:
             self._stream.finish()
         return None
 
+    @property
+    def lacks_prefill_answer(self) -> bool:
+        """The prefill worker has not told its part of the path yet."""
+        return self._attempt is not None and self._attempt.is_running
+
     async def prefill_answer(self) -> None:
-        """After the completion: waits, not for long, for what the prefill worker tells of the path."""
+        """After the completion: waits for it, not for long."""
         if self._attempt is not None:
             await self._attempt.ended(PREFILL_ANSWER_S)
-            self._end_attempt()
 
     def presumed_completion(self, ending: Ending) -> DecodeCompletion:
         """What is known when every token has come and decode was lost before it said so."""
@@ -158,6 +156,9 @@ class Leg:
         )
 
     def _deliver(self, event: Event) -> None:
+        if isinstance(event, DecodeCompletion | StreamLost):
+            # Room for the next request, even while the client of this one has yet to read what came.
+            self._share.end()
         self._inbox.put(event, can_wait=isinstance(event, Chunk))
 
     def _begin_attempt(self, reserved: Reserved) -> None:
@@ -168,7 +169,7 @@ class Leg:
         if self._is_local:
             self._path.begin_attempt("")
             return
-        demand = Demand(self._token_ids, cache_salt=self._request.cache_salt)
+        demand = self._current_demand()
         choice = choose_prefill(
             self._fleet.prefill, demand, kind=self.identity.kind, avoid=self._failures.prefill_workers
         )
@@ -201,8 +202,9 @@ class Leg:
         self._give_up(event.attempt, cause=event.error.reason)
 
     def _prefill_needed(self, event: PrefillNeeded) -> None:
-        if self._state is State.ASKED:
-            return  # it crossed a retry
+        # It crossed a retry, or the output has ended and decode is about to be told.
+        if self._state is State.ASKED or self._output.stop_string is not None:
+            return
         log.info("decode needs the prompt's KV again: %s", event.detail)
         if not event.is_preemption:
             self._failures.add(Unavailable(f"the prompt's KV was lost: {event.detail}", reason="KV_LOST"))
@@ -231,10 +233,12 @@ class Leg:
                 self._path.prefilled(self._attempt.result)
             self._attempt = None
 
-    @property
-    def _token_ids(self) -> Sequence[int]:
+    def _current_demand(self) -> Demand:
         """The prompt, and on a resumption the output so far."""
-        return [*self._request.prompt_token_ids, *self._output.token_ids]
+        prompt, output = self._request.prompt_token_ids, self._output.token_ids
+        if len(self._demand.token_ids) != len(prompt) + len(output):
+            self._demand = Demand([*prompt, *output], cache_salt=self._request.cache_salt)
+        return self._demand
 
     @property
     def _has_no_prefill_worker(self) -> bool:

@@ -12,7 +12,7 @@ from common.clock import Clock
 from common.errors import PdserveError
 from common.metrics import RouterMetrics
 from router.output import Piece
-from router.request import Request
+from router.request import Arrival, Request
 from router.session import Completed
 
 log = logging.getLogger("router.access")
@@ -21,13 +21,12 @@ log = logging.getLogger("router.access")
 class Record:
     """A context manager around the work for a request; tells how it ended."""
 
-    def __init__(self, client: str, metrics: RouterMetrics, clock: Clock, *, log_it: bool) -> None:
+    def __init__(self, arrival: Arrival, metrics: RouterMetrics, clock: Clock, *, log_it: bool) -> None:
         self.request_id = ""
-        self._client = client
+        self._arrival = arrival
         self._metrics = metrics
         self._clock = clock
         self._log_it = log_it
-        self._received_s = clock()
         self._num_prompt_tokens = 0
         self._completed: Completed | None = None
         self._num_output_tokens = 0
@@ -45,7 +44,7 @@ class Record:
             return
         if self._first_s is None:
             self._first_s = now_s
-            self._metrics.first_token_s.observe(now_s - self._received_s)
+            self._metrics.first_token_s.observe(now_s - self._arrival.received_s)
         else:
             self._metrics.inter_token_s.observe((now_s - self._last_s) / num_tokens)
         self._last_s = now_s
@@ -68,21 +67,21 @@ class Record:
         self._metrics.requests.labels(code=code.name).inc()
         self._metrics.prompt_tokens.inc(self._num_prompt_tokens)
         self._metrics.output_tokens.inc(self._num_output_tokens)
-        self._metrics.request_s.observe(self._clock() - self._received_s)
+        self._metrics.request_s.observe(self._clock() - self._arrival.received_s)
         if self._log_it:
             log.info("generate", extra=self._fields(code, error))
 
     def _fields(self, code: grpc.StatusCode, error: BaseException | None) -> dict[str, object]:
         fields: dict[str, object] = {
             "request_id": self.request_id,
-            "client": self._client,
+            "client": self._arrival.client,
             "code": code.name,
             "prompt_tokens": self._num_prompt_tokens,
             "output_tokens": self._num_output_tokens,
-            "total_ms": _milliseconds(self._clock() - self._received_s),
+            "total_ms": _milliseconds(self._clock() - self._arrival.received_s),
         }
         if self._first_s is not None:
-            fields["first_token_ms"] = _milliseconds(self._first_s - self._received_s)
+            fields["first_token_ms"] = _milliseconds(self._first_s - self._arrival.received_s)
         if self._completed is not None:
             path = self._completed.path
             fields |= {"reason": self._completed.ending.reason.value, "kv_path": path.kv_path.value}

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.params import SamplingParams, StoppingParams
+
+
+class Arrival(NamedTuple):
+    """Who asks, and when; times on the router's monotonic clock."""
+
+    # The peer's host.
+    client: str
+    received_s: float
+    deadline_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,8 +23,6 @@ class Request:
     """One completion to make. Everything is within its limits, and nothing is unset that a worker needs."""
 
     request_id: str
-    # Who asks: the peer's host.
-    client: str
     prompt_token_ids: Sequence[int]
     # With a seed, drawn here when the user gave none.
     sampling: SamplingParams
@@ -24,15 +32,12 @@ class Request:
     num_prompt_logprobs: int | None = None
     cache_salt: str = ""
     priority: int = 0
-    # On the router's monotonic clock.
-    deadline_s: float
-    received_s: float
+    arrival: Arrival
+
+    @property
+    def deadline_s(self) -> float:
+        return self.arrival.deadline_s
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Most tokens that this request can come to, prompt and output together."""
-        return len(self.prompt_token_ids) + self.stopping.max_tokens

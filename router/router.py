@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc.aio
 
@@ -52,8 +54,7 @@ class Router:
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
         self.parts = Parts(self.fleet, self._dispatcher, Pacer(), tokenizer, self.metrics, clock)
         self._servicer = RouterServicer(config, self.parts, self._in_flight)
-        self.metrics.queue_requests.set_function(lambda: len(self._queue))
-        self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+        self._mirror_in_metrics()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -86,12 +87,15 @@ class Router:
         is_ready = self.fleet.can_serve and self._has_met_enough and not self._is_stopping
         if is_ready is not self.health.is_ready:
             self.health.set_ready(is_ready)
-        self.metrics.degraded.set(self.fleet.is_degraded)
-        for role, workers in ((Role.PREFILL, self.fleet.prefill), (Role.DECODE, self.fleet.decode)):
-            for state in WorkerState:
-                count = sum(worker.state is state for worker in workers)
-                self.metrics.workers.labels(role=role.value, state=state.value).set(count)
         self._dispatcher.wake()
+
+    def _mirror_in_metrics(self) -> None:
+        self.metrics.queue_requests.set_function(lambda: len(self._queue))
+        self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+        self.metrics.degraded.set_function(lambda: self.fleet.is_degraded)
+        for role, state in itertools.product(Role, WorkerState):
+            gauge = self.metrics.workers.labels(role=role.value, state=state.value)
+            gauge.set_function(partial(self.fleet.num_workers, role, state))
 
 
 async def load_tokenizer(folder: str) -> Tokenizer | None:

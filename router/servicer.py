@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import urllib.parse
+from collections.abc import Iterator
 
 import grpc.aio
 
+from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, Unavailable
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
@@ -17,6 +20,7 @@ from router.intake import Intake
 from router.output import FinishReason, Piece
 from router.parts import Parts
 from router.record import Record
+from router.request import Arrival
 from router.session import Completed, Session
 from router.workers import Role, Worker, WorkerState
 
@@ -38,12 +42,7 @@ _STATES = {
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """One handler a request; its end, for whatever reason, ends the work on every worker."""
 
-    def __init__(
-        self,
-        config: RouterConfig,
-        parts: Parts,
-        in_flight: InFlight,
-    ) -> None:
+    def __init__(self, config: RouterConfig, parts: Parts, in_flight: InFlight) -> None:
         self._config = config
         self._parts = parts
         self._fleet = parts.fleet
@@ -51,27 +50,16 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._intake = Intake(parts.tokenizer, model_id=config.model_id, max_prompt_tokens=config.max_prompt_tokens)
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        received_s = self._parts.clock()
+        now_s = self._parts.clock()
         left_s = context.time_remaining()
         timeout_s = self._config.max_request_s if left_s is None else left_s
-        client = client_of(context.peer())
-        with Record(client, self._parts.metrics, self._parts.clock, log_it=self._config.access_log) as record:
-            record.request_id = request_id = self._intake.check(request)
-            try:
+        arrival = Arrival(client_of(context.peer()), received_s=now_s, deadline_s=now_s + timeout_s)
+        record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
+        with record, _as_deadline_exceeded(timeout_s):
+            record.request_id = self._intake.check(request)
+            with logs.bound(request_id=record.request_id):
                 async with asyncio.timeout(timeout_s):
-                    with self._in_flight.entry(client, request_id):
-                        admitted = await self._intake.admit(
-                            request,
-                            self._model(),
-                            request_id=request_id,
-                            client=client,
-                            received_s=received_s,
-                            deadline_s=received_s + timeout_s,
-                        )
-                        record.admitted(admitted)
-                        await self._generate(Session(admitted, self._parts), record, context)
-            except TimeoutError:
-                raise DeadlineExceeded(f"the request took longer than its {timeout_s:g} s") from None
+                    await self._generate(request, arrival, record, context)
 
     async def GetModel(
         self, request: router_pb2.GetModelRequest, context: grpc.aio.ServicerContext
@@ -96,8 +84,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         ]
         return router_pb2.ListWorkersResponse(workers=map(_worker, workers), degraded=self._fleet.is_degraded)
 
-    async def _generate(self, session: Session, record: Record, context: grpc.aio.ServicerContext) -> None:
-        request_id: str | None = session.request.request_id
+    async def _generate(
+        self,
+        request: router_pb2.GenerateRequest,
+        arrival: Arrival,
+        record: Record,
+        context: grpc.aio.ServicerContext,
+    ) -> None:
+        request_id: str | None = record.request_id
 
         async def write(response: router_pb2.GenerateResponse) -> None:
             nonlocal request_id
@@ -109,15 +103,26 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             record.put_out(piece)
             await write(_chunk(piece))
 
-        completed = await session.run(put_out)
-        record.completed(completed)
-        await write(router_pb2.GenerateResponse(completion=_completion(completed)))
+        with self._in_flight.entry(arrival.client, record.request_id):
+            admitted = await self._intake.admit(request, self._model(), record.request_id, arrival)
+            record.admitted(admitted)
+            completed = await Session(admitted, self._parts).run(put_out)
+            record.completed(completed)
+            await write(router_pb2.GenerateResponse(completion=_completion(completed)))
 
     def _model(self) -> ServedModel:
         model = self._fleet.model
         if model is None:
             raise Unavailable("no decode worker has been met yet", retry_after_s=1.0, reason="NO_WORKER")
         return model
+
+
+@contextlib.contextmanager
+def _as_deadline_exceeded(timeout_s: float) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise DeadlineExceeded(f"the request took longer than its {timeout_s:g} s") from None
 
 
 def client_of(peer: str) -> str:

@@ -41,16 +41,12 @@ class Completed(NamedTuple):
 class Session:
     """Runs once. Cancelling `run` ends the work on every worker."""
 
-    def __init__(
-        self,
-        request: Request,
-        parts: Parts,
-    ) -> None:
+    def __init__(self, request: Request, parts: Parts) -> None:
         model = parts.fleet.model
         assert model is not None, "requests are held against a model"
         eos = frozenset() if request.stopping.ignore_eos else model.eos_token_ids
-        self.request = request
-        self.output = Output(request.stopping, eos.union(request.stopping.stop_token_ids), parts.tokenizer)
+        self._request = request
+        self._output = Output(request.stopping, eos.union(request.stopping.stop_token_ids), parts.tokenizer)
         self._parts = parts
         self._path = PathRecord()
         self._failures = Failures()
@@ -60,50 +56,50 @@ class Session:
 
         Raises the PdserveError that ends the request.
         """
-        placement = await self._parts.dispatcher.place(self.request)
+        placement = await self._parts.dispatcher.place(self._request)
         placed_s = self._parts.clock()
-        self._path.queue_ms = (placed_s - self.request.received_s) * 1e3
-        self._parts.metrics.queue_s.observe(placed_s - self.request.received_s)
+        self._path.queue_ms = (placed_s - self._request.arrival.received_s) * 1e3
+        self._parts.metrics.queue_s.observe(placed_s - self._request.arrival.received_s)
         with self._parts.metrics.running_requests.track_inprogress(), self._parts.pacer.stream():
             completion = await self._serve(placement, placed_s, put_out)
-        ending = self.output.finish(completion.ending)
+        ending = self._output.finish(completion.ending)
         await self._put_out_ready(put_out)
         path = self._path.completed(completion)
-        num_cached = min(self._path.num_cached_tokens or 0, self.request.num_prompt_tokens)
-        usage = Usage(self.request.num_prompt_tokens, len(self.output.token_ids), num_cached)
+        num_cached = min(self._path.num_cached_tokens or 0, self._request.num_prompt_tokens)
+        usage = Usage(self._request.num_prompt_tokens, len(self._output.token_ids), num_cached)
         return Completed(ending, usage, path)
 
     async def _serve(self, placement: Placement, placed_s: float, put_out: PutOut) -> DecodeCompletion:
         while True:
             self._path.begin_leg()
-            leg = Leg(self.request, self.output, placement, self._parts, self._path, self._failures)
+            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures)
             try:
                 with leg:
                     return await self._follow(leg, placed_s, put_out)
             except PdserveError as error:
                 await self._put_out_ready(put_out)
-                ending = self.output.ending
+                ending = self._output.ending
                 if ending is not None:
                     return leg.presumed_completion(ending)
                 placement = await self._place_elsewhere(placement, error)
-            finally:
-                self._parts.dispatcher.wake()
 
     async def _follow(self, leg: Leg, placed_s: float, put_out: PutOut) -> DecodeCompletion:
-        is_first = not self.output.token_ids
+        is_first = not self._output.token_ids
         while True:
             completion = await leg.advance()
-            if is_first and self.output.token_ids:
+            if is_first and self._output.token_ids:
                 is_first = False
                 self._parts.dispatcher.queue.rate.first_token(self._parts.clock() - placed_s)
             if completion is not None:
-                await leg.prefill_answer()
+                if leg.lacks_prefill_answer:
+                    await self._put_out_ready(put_out)
+                    await leg.prefill_answer()
                 return completion
             if await self._put_out_ready(put_out):
                 leg.pause(self._parts.pacer.pause_s)
 
     async def _put_out_ready(self, put_out: PutOut) -> bool:
-        piece = self.output.take()
+        piece = self._output.take()
         if piece is None:
             return False
         await put_out(piece)
@@ -113,11 +109,11 @@ class Session:
         """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""
         self._failures.add(error)
         self._failures.decode_workers[placement.worker] = placement.generation
-        has_begun = bool(self.output.token_ids)
-        self.output.resume()
+        has_begun = bool(self._output.token_ids)
+        self._output.resume()
         demand = Demand(
-            [*self.request.prompt_token_ids, *self.output.token_ids],
-            cache_salt=self.request.cache_salt,
+            [*self._request.prompt_token_ids, *self._output.token_ids],
+            cache_salt=self._request.cache_salt,
             kind=placement.identity.kind if has_begun else None,
         )
         # A stream that has begun is worth waiting for a worker that comes back.

@@ -79,6 +79,8 @@ class Worker:
         self._wedged_after_s = wedged_after_s
         self._stepped_s = 0.0
         self._on_loss: dict[object, LossCallback] = {}
+        # Called when a request of this router has ended there.
+        self.on_room: Callable[[], None] = lambda: None
         # What this router's requests take there, and of that, what the worker has not been seen to count yet.
         self._num_seqs = 0
         self._num_blocks = 0
@@ -191,3 +193,4 @@ class Share:
             self._has_ended = True
             self.counted()
             self.worker.give_back(self)
+            self.worker.on_room()

@@ -64,5 +64,5 @@ def _prefill(q_QNH: Tensor, kv_P2BKH: Tensor, span: PrefillSpan, scale: float) -
 def _rows(kv_P2BKH: Tensor, rows_2SL: Tensor) -> Tensor:
     """kv_2SLKH, gathered by whole rows."""
     num_kv_heads, head_dim = kv_P2BKH.shape[3:]
-    gathered = kv_P2BKH.view(-1, num_kv_heads * head_dim).index_select(0, rows_2SL.reshape(-1))
+    gathered = kv_P2BKH.view(-1, num_kv_heads * head_dim).index_select(0, rows_2SL.view(-1))
     return gathered.view(*rows_2SL.shape, num_kv_heads, head_dim)

@@ -96,7 +96,7 @@ def _decode_group(batch: ForwardBatch, group: list[int], block_size: int, dtype:
         kv_rows_2SL = torch.where(padding_SL, own_rows_S2.t().unsqueeze(2), kv_rows_2SL)
         mask_SL = torch.zeros(len(lens), max(lens), dtype=dtype, device=kv_len_S.device)
         mask_S11L = mask_SL.masked_fill_(padding_SL, -torch.inf)[:, None, None]
-    return DecodeGroup(tokens_S, kv_rows_2SL, mask_S11L)
+    return DecodeGroup(tokens_S, kv_rows_2SL.contiguous(), mask_S11L)
 
 
 def _prefill_span(
@@ -108,7 +108,7 @@ def _prefill_span(
     if num_queries < kv_len:
         mask_QL = torch.full((num_queries, kv_len), -torch.inf, dtype=dtype, device=device)
         mask_QL.triu_(kv_len - num_queries + 1)
-    return PrefillSpan(start, end, kv_rows_21L, mask_QL)
+    return PrefillSpan(start, end, kv_rows_21L.contiguous(), mask_QL)
 
 
 def _cache_rows(block_table_SP: Tensor, num_positions: int, block_size: int) -> Tensor:

@@ -56,6 +56,7 @@ class ForwardBatch:
         num_tokens, num_seqs = len(token_ids), len(query_lens)
         assert num_tokens == len(positions) == len(slot_mapping) == sum(query_lens)
         assert num_seqs == len(kv_lens) == len(block_tables)
+        assert min(query_lens) >= 1
         table_width = max(map(len, block_tables))
         flat = [*token_ids, *positions, *slot_mapping, *kv_lens, *logit_rows]
         for table in block_tables:

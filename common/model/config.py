@@ -51,6 +51,8 @@ class ModelConfig:
         folder = Path(folder)
         source = _ConfigFile(folder / "config.json")
         source.require_supported()
+        # Its list of end tokens is the complete one; config.json often names only the first.
+        generation = _ConfigFile(folder / "generation_config.json", optional=True)
         num_heads = source.count("num_attention_heads")
         config = cls(
             model_id=folder.resolve().name,
@@ -62,11 +64,11 @@ class ModelConfig:
             intermediate_size=source.count("intermediate_size"),
             vocab_size=source.count("vocab_size"),
             rope_theta=source.rope_theta(),
-            rms_norm_eps=float(source.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(source.get("tie_word_embeddings", False)),
+            rms_norm_eps=source.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=source.flag("tie_word_embeddings"),
             context_length=source.count("max_position_embeddings"),
             dtype=source.dtype(),
-            eos_token_ids=_eos_token_ids(folder, source),
+            eos_token_ids=generation.token_ids("eos_token_id") or source.token_ids("eos_token_id"),
         )
         if config.num_heads % config.num_kv_heads:
             raise source.error("num_key_value_heads", f"must divide num_attention_heads={num_heads}")
@@ -104,11 +106,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class _ConfigFile:
-    """config.json with typed reads whose errors name the file, the field and its value."""
+    """A JSON object with typed reads whose errors name the file, the field and its value."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, optional: bool = False) -> None:
         self.path = path
-        self._fields = _read_json(path)
+        self._fields = {} if optional and not path.exists() else _read_json(path)
 
     def get(self, field: str, default: Any = None) -> Any:
         """A field that is null counts as absent."""
@@ -121,6 +123,26 @@ class _ConfigFile:
             raise self.error(field, "must be a positive integer")
         return value
 
+    def number(self, field: str, default: float) -> float:
+        value = self.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise self.error(field, "must be a positive number")
+        return float(value)
+
+    def flag(self, field: str) -> bool:
+        value = self.get(field, False)
+        if not isinstance(value, bool):
+            raise self.error(field, "must be true or false")
+        return value
+
+    def token_ids(self, field: str) -> tuple[int, ...]:
+        """One id or a list of them; none where the field is absent."""
+        value = self.get(field, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(token_id, int) and token_id >= 0 for token_id in ids):
+            raise self.error(field, "must be a token id or a list of token ids")
+        return tuple(ids)
+
     def dtype(self) -> str:
         field = "dtype" if self.get("dtype") else "torch_dtype"
         value = self.get(field, "float32")
@@ -132,10 +154,13 @@ class _ConfigFile:
         """`rope_parameters.rope_theta`, or in older folders `rope_theta` beside an optional `rope_scaling`."""
         field = "rope_parameters" if self.get("rope_parameters") else "rope_scaling"
         rope = self.get(field, {})
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default" or any(isinstance(value, dict) for value in rope.values()):
+        plain = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default"
+        if not plain or any(isinstance(value, dict) for value in rope.values()):
             raise self.error(field, "is not supported: only plain rotary embedding (rope_type default) is")
-        return float(rope.get("rope_theta", self.get("rope_theta", DEFAULT_ROPE_THETA)))
+        theta = rope.get("rope_theta", self.get("rope_theta", DEFAULT_ROPE_THETA))
+        if not isinstance(theta, int | float) or theta <= 0:
+            raise self.error(field, f"with rope_theta={theta!r}: must be a positive number")
+        return float(theta)
 
     def require_supported(self) -> None:
         architectures = self.get("architectures", [ARCHITECTURE] if self.get("model_type") == "qwen3" else [])
@@ -153,15 +178,6 @@ class _ConfigFile:
 
     def error(self, field: str, problem: str) -> InvalidArgument:
         return InvalidArgument(f"{self.path}: {field}={self._fields.get(field)!r} {problem}", field="model")
-
-
-def _eos_token_ids(folder: Path, source: _ConfigFile) -> tuple[int, ...]:
-    """The list in generation_config.json is the complete one; config.json often names only the first."""
-    generation = folder / "generation_config.json"
-    declared = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    if declared is None:
-        declared = source.get("eos_token_id", [])
-    return (declared,) if isinstance(declared, int) else tuple(declared)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -154,30 +154,28 @@ class ReceivingPair:
         self._steps.run(lambda: self._protocol.committed(key, status, detail))
 
     def _transfer(self) -> None:
-        """The transfer thread: posts whatever is announced, and finishes the oldest when nothing is."""
-        while True:
-            try:
-                header = self._announced.get(block=not self._posted)
-            except queue.Empty:
-                self._finish_oldest()
-                continue
-            if header is None:
+        """The transfer thread."""
+        while self._post_announced():
+            header, payload, transfer = self._posted[0]
+            transfer.wait(transfer_timeout_s(header.num_bytes))
+            self._posted.popleft()
+            # Before the checksum, so that the link works meanwhile.
+            if not self._post_announced(block=False):
                 return
-            self._post_receive(header)
+            digest = checksum(payload)
+            self._steps.run(lambda: self._protocol.received(header.sequence_number, digest))  # noqa: B023
 
-    def _post_receive(self, header: ChunkHeader) -> None:
-        slot = self._staging.acquire()
-        assert slot is not None, "a credit without a free slot"
-        self._slots[header.sequence_number] = slot
-        payload = slot[: header.num_bytes]
-        self._posted.append(_Posted(header, payload, self._watch.group.receive(payload)))
-
-    def _finish_oldest(self) -> None:
-        header, payload, transfer = self._posted[0]
-        transfer.wait(transfer_timeout_s(header.num_bytes))
-        self._posted.popleft()
-        digest = checksum(payload)
-        self._steps.run(lambda: self._protocol.received(header.sequence_number, digest))
+    def _post_announced(self, *, block: bool = True) -> bool:
+        """Posts a receive for everything announced; blocks until one is posted. False: the pair ended."""
+        with contextlib.suppress(queue.Empty):
+            while (header := self._announced.get(block=block and not self._posted)) is not None:
+                slot = self._staging.acquire()
+                assert slot is not None, "a credit without a free slot"
+                self._slots[header.sequence_number] = slot
+                payload = slot[: header.num_bytes]
+                self._posted.append(_Posted(header, payload, self._watch.group.receive(payload)))
+            return False
+        return True
 
     def _drain(self) -> None:
         while self._posted:

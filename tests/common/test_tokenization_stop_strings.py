@@ -1,6 +1,6 @@
 """Stop strings against the naive rule: read everything, then cut at the first match that is completed."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.tokenization import StopMatch, StopMatcher, StopStrings
@@ -28,16 +28,19 @@ def _match(pieces: list[str], stops: list[str], may_match_from: int = 0) -> Stop
     return None
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS)
 def test_the_match_is_the_naive_one_however_the_text_is_cut(pieces, stops):
     assert _match(pieces, stops) == _naive("".join(pieces), stops)
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS, st.integers(0, 12))
 def test_matches_that_end_too_early_are_passed_over(pieces, stops, first):
     assert _match(pieces, stops, first) == _naive("".join(pieces), stops, len("".join(pieces[:first])))
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS)
 def test_text_is_settled_exactly_when_no_stop_string_can_reach_it(pieces, stops):
     matcher, text = StopMatcher(StopStrings(stops)), ""

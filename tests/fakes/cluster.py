@@ -133,7 +133,7 @@ def generate_request(prompt: str | list[int] = "Once", **fields) -> router_pb2.G
 async def eventually(condition: Callable[[], object], *, within_s: float = PATIENCE_S) -> None:
     """Until `condition()` holds; TimeoutError when it does not in time."""
     async with asyncio.timeout(within_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  (conditions of every kind; none of them tells)
             await asyncio.sleep(0.002)
 
 

@@ -40,6 +40,9 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.chunk_size = 1
         # Raised when a stream opens.
         self.refusal: PdserveError | None = None
+        # While clear, no attempt begins.
+        self.may_reserve = asyncio.Event()
+        self.may_reserve.set()
         # While clear, no token comes beyond `pause_at`.
         self.go = asyncio.Event()
         self.go.set()
@@ -106,6 +109,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         is_local = reservation.opening.local_prefill
         is_recomputed = reservation.num_output > 0
         while True:
+            await self.may_reserve.wait()
             reservation.attempt += 1
             reservation.is_filled = is_local
             yield self._reserved(number, reservation)
@@ -123,7 +127,11 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                     yield self._completion(reservation, is_local, is_recomputed)
                     return
                 is_recomputed = True
-                is_local = (await self._next_retry(reservation)).local_prefill
+                retry = await self._next_retry(reservation)
+                if retry is None:
+                    yield self._completion(reservation, is_local, is_recomputed)
+                    return
+                is_local = retry.local_prefill
 
     async def _put_out(self, reservation: FakeReservation) -> AsyncIterator[decode_pb2.DecodeResponse]:
         chunk = decode_pb2.DecodeChunk()
@@ -175,9 +183,12 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
                 return True
         return False
 
-    async def _next_retry(self, reservation: FakeReservation) -> decode_pb2.Retry:
+    async def _next_retry(self, reservation: FakeReservation) -> decode_pb2.Retry | None:
+        """None: finish came instead."""
         while True:
             command = await reservation.commands.get()
+            if isinstance(command, decode_pb2.Finish):
+                return None
             if isinstance(command, decode_pb2.Retry) and command.attempt == reservation.attempt:
                 return command
 

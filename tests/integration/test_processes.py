@@ -61,7 +61,8 @@ def test_every_service_lists_itself_and_is_healthy(services, name, service):
 
 
 def test_the_router_process_has_no_torch_after_serving(services):
-    buf_curl(services.router.address, "pdserve.v1.RouterService/Generate", {"prompt": "x", "stopping": {"maxTokens": 2}})
+    request = {"prompt": "x", "stopping": {"maxTokens": 2}}
+    buf_curl(services.router.address, "pdserve.v1.RouterService/Generate", request)
     mapped = Path(f"/proc/{services.router.process.pid}/maps").read_text()
     assert "grpc" in mapped
     assert "torch" not in mapped

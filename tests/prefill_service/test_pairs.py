@@ -156,6 +156,12 @@ async def test_a_block_that_fits_no_chunk_is_refused_with_the_remedy(start_decod
         await registry.acquire(decode.endpoint, timeout_s=WAIT_S)
 
 
+async def test_an_endpoint_of_another_role_is_named(serve, make_registry) -> None:
+    endpoint = await serve(lambda server: None)
+    with pytest.raises(FailedPrecondition, match=f"{endpoint} is no decode worker"):
+        await make_registry().acquire(endpoint, timeout_s=WAIT_S)
+
+
 async def test_nobody_listening_is_unavailable_and_a_later_start_is_found(start_decode, make_registry) -> None:
     decode, registry = await start_decode(), make_registry()
     with pytest.raises(Unavailable):

@@ -125,6 +125,19 @@ async def test_without_prefill_workers_decode_prefills_until_one_comes():
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_REMOTE
 
 
+async def test_a_prefill_worker_that_is_gone_by_the_time_of_the_reservation_is_not_asked():
+    async with FakeCluster().running() as cluster:
+        cluster.decode.may_reserve.clear()
+        call = cluster.start(max_tokens=10)
+        await eventually(lambda: cluster.decode.opened)
+        await cluster.prefill.kill()
+        await eventually(lambda: cluster.router.fleet.is_degraded)
+        cluster.decode.may_reserve.set()
+        assert (await Reply.of(call)).completion.path.kv_path == types_pb2.KV_PATH_LOCAL
+        assert [retry.local_prefill for retry in cluster.decode.retries] == [True]
+        assert not cluster.decode.opened[0].local_prefill
+
+
 async def test_a_prefill_worker_of_another_fingerprint_is_never_asked():
     cluster = FakeCluster()
     cluster.prefill.identity.model_fingerprint = "other"
@@ -156,6 +169,17 @@ async def test_a_request_may_be_preempted_any_number_of_times():
         reply = await cluster.generate(max_tokens=10)
         assert reply.token_ids == SCRIPT
         assert reply.completion.path.num_resumptions == 6
+
+
+async def test_a_kv_cache_that_is_lost_after_a_stop_string_is_not_computed_again():
+    async with FakeCluster().running() as cluster:
+        cluster.decode.script = cluster.tokenizer.encode("one two three")
+        num_drawn = len(cluster.tokenizer.encode("one two"))
+        cluster.decode.lose_at = [(num_drawn, PREEMPTED)]
+        reply = await cluster.generate(max_tokens=100, stop=["two"])
+        assert (reply.text, reply.completion.stop_string) == ("one ", "two")
+        assert len(cluster.prefill.requests) == 1
+        assert reply.completion.path.num_resumptions == 0
 
 
 async def test_a_kv_cache_that_is_lost_again_and_again_without_a_token_is_an_error():

@@ -28,7 +28,7 @@ async def test_the_taker_is_woken_by_what_comes():
 async def test_what_can_wait_gathers_during_a_pause():
     inbox = Inbox()
     inbox.put("before", can_wait=True)
-    inbox.pause(0.02)
+    inbox.pause(0.3)
     taker = asyncio.create_task(_taken(inbox))
     await asyncio.sleep(0)
     inbox.put("within", can_wait=True)
@@ -48,7 +48,7 @@ async def test_what_cannot_wait_ends_a_pause():
 
 async def test_after_a_pause_things_are_as_before():
     inbox = Inbox()
-    inbox.pause(0.01)
+    inbox.pause(0.1)
     inbox.put(1, can_wait=True)
     assert await _taken(inbox) == [1]
     inbox.put(2, can_wait=True)

@@ -94,6 +94,7 @@ def test_output_is_what_drawing_everything_and_cutting_would_give(chunks, stops,
         assert len(kept) == num_drawn or len(_decode(ids[: len(kept) + 1])) > start, "every token before it is emitted"
 
 
+@settings(deadline=None)
 @given(CHUNKS)
 def test_without_stop_strings_tokens_go_out_at_once(chunks):
     output = _output()
@@ -103,6 +104,7 @@ def test_without_stop_strings_tokens_go_out_at_once(chunks):
         assert (piece.token_ids if piece else []) == chunk
 
 
+@settings(deadline=None)
 @given(CHUNKS, STOPS)
 def test_logprobs_stay_beside_their_tokens(chunks, stops):
     _, pieces = _run(_output(stop=tuple(stops)), chunks)

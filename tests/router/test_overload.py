@@ -1,11 +1,15 @@
 """What waits, where it waits, and what is turned away."""
 
+import asyncio
+
 import grpc.aio
 import pytest
 
 from common import errors
 from common.errors import from_rpc_error
+from router.session import Session
 from tests.fakes.cluster import FakeCluster, Reply, eventually
+from tests.router.values import request
 
 
 async def _error(call) -> errors.PdserveError:
@@ -166,3 +170,26 @@ async def test_a_draining_decode_worker_gets_nothing_new_and_finishes_what_it_ha
         assert (len(first.opened), len(second.opened)) == (1, 1)
         first.go.set()
         assert (await Reply.of(call)).completion.path.decode_worker == first.identity.instance_id
+
+
+async def test_a_client_that_does_not_read_takes_no_room():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        reads = asyncio.Event()
+        asked = request("slow", max_tokens=5, deadline_s=cluster.router.parts.clock() + 60)
+        slow = asyncio.create_task(Session(asked, cluster.router.parts).run(lambda piece: reads.wait()))
+        await eventually(lambda: cluster.decode.opened and not cluster.decode.num_active)
+        await cluster.generate(max_tokens=1)
+        reads.set()
+        assert (await slow).usage.completion_tokens == 5
+
+
+async def test_a_small_request_of_higher_priority_does_not_wait_behind_one_that_has_no_room():
+    async with FakeCluster(num_total_blocks=100).running() as cluster:
+        calls = [await _occupied(cluster)]
+        calls.append(cluster.start([1] * 16 * 97, request_id="big", max_tokens=16))
+        await _in_queue(cluster, 1)
+        calls.append(cluster.start([1], request_id="small", priority=1, max_tokens=1))
+        await eventually(lambda: "small" in _order(cluster))
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)

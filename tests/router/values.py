@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from common.load import Load
 from common.params import SamplingParams, StoppingParams
-from router.request import Request
+from router.request import Arrival, Request
 from router.workers import Identity, Role, Worker, WorkerState
 
 
@@ -20,14 +20,12 @@ def request(
 ) -> Request:
     return Request(
         request_id=request_id,
-        client="test",
         prompt_token_ids=prompt_token_ids or list(range(num_prompt_tokens)),
         sampling=SamplingParams(),
         stopping=StoppingParams(**stopping),
         cache_salt=cache_salt,
         priority=priority,
-        deadline_s=deadline_s,
-        received_s=0.0,
+        arrival=Arrival("test", received_s=0.0, deadline_s=deadline_s),
     )
 
 

@@ -48,11 +48,10 @@ def test_old_and_new_spellings_mean_the_same(tmp_path: Path) -> None:
     assert old.dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("field", ["head_dim", "num_key_value_heads", "rope_parameters", "rms_norm_eps"])
-def test_an_absent_field_has_the_value_that_transformers_gives_it(field: str, tmp_path: Path) -> None:
-    changes = {} if field == "num_key_value_heads" else {"num_attention_heads": 32, "num_key_value_heads": 32}
-    ours = read(tmp_path, without=(field,), **changes)
+def test_absent_fields_have_the_values_that_transformers_gives_them(tmp_path: Path) -> None:
+    ours = read(tmp_path, without=("head_dim", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"))
     theirs = AutoConfig.from_pretrained(tmp_path)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
     assert ours.head_dim == theirs.head_dim
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert ours.rms_norm_eps == theirs.rms_norm_eps
@@ -89,6 +88,10 @@ def test_end_tokens_fall_back_to_config_json(declared: Any, expected: tuple[int,
         pytest.param({"num_key_value_heads": 3}, "num_key_value_heads", id="heads-do-not-divide"),
         pytest.param({"head_dim": 15}, "head_dim", id="odd-head"),
         pytest.param({"dtype": "int8"}, "dtype", id="dtype"),
+        pytest.param({"rms_norm_eps": "small"}, "rms_norm_eps", id="epsilon"),
+        pytest.param({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters", id="theta"),
+        pytest.param({"tie_word_embeddings": "false"}, "tie_word_embeddings", id="not-a-flag"),
+        pytest.param({"eos_token_id": ["</s>"]}, "eos_token_id", id="not-an-id"),
     ],
 )
 def test_what_is_not_supported_is_named_with_its_file(changes: dict[str, Any], named: str, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""One side of a pair as a process of its own, for tests that kill or stop it.
+
+`python -m tests.common.transport.child prefill ENDPOINT BOOT_ID` ships prompts one after the other, for ever; it prints
+"shipping" after the first of each pair and "lost" when one breaks. `... child decode ADDRESS` prints where it listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import sys
+
+from common import rpc
+from common.config import DecodeConfig, PrefillConfig
+from common.engine.kv_cache import KvCache
+from common.errors import PdserveError
+from common.transport.messages import AttemptKey, AttemptOutcome, Commit
+from decode_service.pairs import PairServer
+from pdserve.v1 import decode_pb2_grpc
+from prefill_service.pairs import PairRegistry
+from tests.common.transport.fakes import DECODE, PREFILL, WAIT_S, FakeEngine, FakeReservation, PairServicer, small_cache
+
+NUM_BLOCKS = 256
+BLOCK_IDS = list(range(NUM_BLOCKS - 1, -1, -1))
+# As small as the time that a test has to kill somebody in the middle of a message is short.
+CHUNKS = {"max_chunk_bytes": 2**20}
+
+
+def cache() -> KvCache:
+    """12 MiB."""
+    return small_cache(NUM_BLOCKS, head_dim=64)
+
+
+def engine() -> FakeEngine:
+    """Knows reservations 0 to 3."""
+    engine = FakeEngine(cache())
+    engine.reservations.update({number: FakeReservation(1, BLOCK_IDS) for number in range(4)})
+    return engine
+
+
+async def ship(registry: PairRegistry, endpoint: str, reservation: int) -> AttemptOutcome:
+    """One prompt of 12 MiB."""
+    pair = await registry.acquire(endpoint, timeout_s=WAIT_S)
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    outcomes: list[AttemptOutcome] = []
+
+    def on_done(outcome: AttemptOutcome) -> None:
+        outcomes.append(outcome)
+        loop.call_soon_threadsafe(done.set)
+
+    attempt = pair.begin(AttemptKey(reservation, 1), on_done)
+    for layer in range(3):
+        attempt.ship(layer, 0, BLOCK_IDS)
+    attempt.commit(Commit(attempt.key, attempt.num_bytes, first_token_id=1))
+    await done.wait()
+    return outcomes[0]
+
+
+async def ship_until_lost(registry: PairRegistry, endpoint: str) -> None:
+    """Prints "shipping" once the pair works, and returns when it does not any more."""
+    for number in itertools.count():
+        outcome = await ship(registry, endpoint, number % 4)
+        if outcome.status is None:
+            return
+        if number == 0:
+            print("shipping", flush=True)
+
+
+async def run_prefill(endpoint: str, boot_id: str) -> None:
+    registry = PairRegistry(dataclasses.replace(PREFILL, boot_id=boot_id), cache(), PrefillConfig())
+    while True:
+        try:
+            await ship_until_lost(registry, endpoint)
+            print("lost", flush=True)
+        except PdserveError:
+            await asyncio.sleep(0.05)
+
+
+async def run_decode(address: str) -> None:
+    sink = engine()
+    pairs = PairServer(DECODE, sink, DecodeConfig(**CHUNKS))
+    sink.on_gone = pairs.reservation_gone
+    server = rpc.create_server()
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(pairs), server)
+    port = rpc.bind(server, address)
+    await server.start()
+    print(f"127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run({"prefill": run_prefill, "decode": run_decode}[sys.argv[1]](*sys.argv[2:]))
