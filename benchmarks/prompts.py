@@ -5,8 +5,8 @@ from __future__ import annotations
 TEXT = (
     "The for statement is used to iterate over the elements of a sequence (such as a string, tuple or list) or other "
     "iterable object. The expression list is evaluated once; it should yield an iterable object. An iterator is "
-    "created for that iterable. The first item provided by the iterator is then assigned to the target list using the standard "
-    "rules for assignments, and the suite is executed."
+    "created for that iterable. The first item provided by the iterator is then assigned to the target list using the "
+    "standard rules for assignments, and the suite is executed."
 )
 
 

@@ -157,6 +157,9 @@ class DecodeConfig(WorkerConfig):
     )
     max_num_seqs: int = setting(256, "sequences in one step", minimum=1)
     max_batch_tokens: int = setting(512, "prompt tokens of local prefill in one step", minimum=1)
+    stream_interval_ms: float = setting(
+        10.0, "tokens of running streams are sent at most this often, in ms; 0: after every step", minimum=0
+    )
     reservation_wait_s: float = setting(30.0, "how long a reservation waits for blocks, in seconds", above=0)
 
     decode_pipeline: str = setting(

@@ -62,6 +62,9 @@ class Completed(NamedTuple):
     local_prefill_ms: float
 
 
+# A sequence's first tokens never gather: somebody waits for them.
+FIRST_TOKENS = 2
+
 Event = Reserved | Lost | Token | Completed | PdserveError
 # Called from the engine thread once a turn, with everything that happened, in order.
 OnEvents = Callable[[list[tuple[Sequence, Event]]], None]
@@ -79,6 +82,7 @@ class DecodeEngine(EngineLoop):
         *,
         config: ModelConfig,
         context_length: int,
+        stream_interval_s: float,
         clock: Clock,
         metrics: DecodeMetrics,
         on_events: OnEvents,
@@ -101,7 +105,10 @@ class DecodeEngine(EngineLoop):
         self.on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
         self._sampler = Sampler()
         self._state = SamplingState(scheduler.max_num_seqs, config.vocab_size, cache.device)
+        self._stream_interval_s = stream_interval_s
         self._events: list[tuple[Sequence, Event]] = []
+        self._is_urgent = False
+        self._published_s = 0.0
         self._reservation_of: dict[Sequence, Reservation] = {}
         self._step_timer = StepTimer(clock)
         # A pair's transport, as the serving path names it.
@@ -124,9 +131,7 @@ class DecodeEngine(EngineLoop):
         self._announce(self.scheduler.schedule())
 
     def publish(self) -> None:
-        if self._events:
-            events, self._events = self._events, []
-            self._on_events(events)
+        self._publish_events()
         scheduler, pool = self.scheduler, self.scheduler.pool
         self._on_load(
             Load(
@@ -140,6 +145,19 @@ class DecodeEngine(EngineLoop):
                 step_ms=self._step_timer.mean_ms,
             )
         )
+
+    def _publish_events(self) -> None:
+        """Tokens gather for a while: each message costs the front end, the router and the client more than a small
+        model's step, and the front end's work takes the interpreter from this thread."""
+        now = self._clock()
+        if self._events and (self._is_urgent or now - self._published_s >= self._stream_interval_s):
+            events, self._events = self._events, []
+            self._is_urgent, self._published_s = False, now
+            self._on_events(events)
+
+    def _tell(self, sequence: Sequence, event: Event, *, can_wait: bool = False) -> None:
+        self._events.append((sequence, event))
+        self._is_urgent |= not can_wait
 
     # The front end speaks of sequences; each of these takes effect between two steps.
 
@@ -186,7 +204,7 @@ class DecodeEngine(EngineLoop):
         try:
             self._reservation_of[sequence] = self.scheduler.open(sequence, local=local)
         except PdserveError as error:
-            self._events.append((sequence, error))
+            self._tell(sequence, error)
 
     def _retry(self, sequence: Sequence, attempt: int, local: bool) -> None:
         reservation = self._reservation_of.get(sequence)
@@ -211,11 +229,11 @@ class DecodeEngine(EngineLoop):
             self._tell_gone(reservation.pair_id, reservation.key)
             self._release(reservation)
             del self._reservation_of[reservation.sequence]
-            self._events.append((reservation.sequence, error))
+            self._tell(reservation.sequence, error)
         for reservation in plan.preempted:
             self._release(reservation)
             detail = "its KV blocks went to older sequences"
-            self._events.append((reservation.sequence, Lost(reservation.attempt, True, detail)))
+            self._tell(reservation.sequence, Lost(reservation.attempt, True, detail))
             self._metrics.preemptions.inc()
         for reservation in plan.reserved:
             cached = reservation.num_cached_blocks * self.scheduler.pool.block_size
@@ -223,7 +241,7 @@ class DecodeEngine(EngineLoop):
             self._metrics.queue_s.observe(queue_ms / 1e3)
             self._metrics.prefix_hit_tokens.inc(cached)
             self._metrics.prefix_miss_tokens.inc(reservation.sequence.num_tokens - cached)
-            self._events.append((reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms)))
+            self._tell(reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms))
 
     def _prefill(self, plan: Plan) -> None:
         started = self._clock()
@@ -271,8 +289,8 @@ class DecodeEngine(EngineLoop):
         self._put_out(reservation, Token(*first_token))
 
     def _put_out(self, reservation: Reservation, token: Token) -> None:
-        self._events.append((reservation.sequence, token))
         sequence = reservation.sequence
+        self._tell(sequence, token, can_wait=sequence.num_output_tokens > FIRST_TOKENS)
         stopping = sequence.request.stopping
         if token.token_id in sequence.stop_token_ids and sequence.num_output_tokens >= max(stopping.min_tokens, 1):
             self._complete(reservation, by_length=False, stop_token_id=token.token_id)
@@ -280,26 +298,24 @@ class DecodeEngine(EngineLoop):
             self._complete(reservation, by_length=True, stop_token_id=None)
 
     def _complete(self, reservation: Reservation, *, by_length: bool, stop_token_id: int | None) -> None:
-        self._events.append(
-            (
-                reservation.sequence,
-                Completed(
-                    by_length=by_length,
-                    stop_token_id=stop_token_id,
-                    num_output_tokens=reservation.sequence.num_output_tokens,
-                    kv_path=reservation.kv_path,
-                    kv_bytes=reservation.kv_bytes,
-                    kv_transport=reservation.kv_transport,
-                    first_decode_ms=reservation.first_decode_ms,
-                    num_cached_tokens=reservation.num_local_cached_tokens,
-                    local_prefill_ms=reservation.local_prefill_ms,
-                ),
-            )
+        self._tell(
+            reservation.sequence,
+            Completed(
+                by_length=by_length,
+                stop_token_id=stop_token_id,
+                num_output_tokens=reservation.sequence.num_output_tokens,
+                kv_path=reservation.kv_path,
+                kv_bytes=reservation.kv_bytes,
+                kv_transport=reservation.kv_transport,
+                first_decode_ms=reservation.first_decode_ms,
+                num_cached_tokens=reservation.num_local_cached_tokens,
+                local_prefill_ms=reservation.local_prefill_ms,
+            ),
         )
         self._end(reservation)
 
     def _fail(self, reservation: Reservation, error: PdserveError) -> None:
-        self._events.append((reservation.sequence, error))
+        self._tell(reservation.sequence, error)
         self._end(reservation)
 
     def _end(self, reservation: Reservation) -> None:
@@ -370,4 +386,4 @@ class DecodeEngine(EngineLoop):
         for reservation in list(self.scheduler.reservations.values()):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
-                self._events.append((reservation.sequence, Lost(reservation.attempt, False, reason)))
+                self._tell(reservation.sequence, Lost(reservation.attempt, False, reason))

@@ -50,6 +50,7 @@ class DecodeWorker:
             parts.cache,
             config=parts.model.config,
             context_length=parts.identity.context_length,
+            stream_interval_s=config.stream_interval_ms / 1e3,
             clock=monotonic,
             metrics=self.metrics,
             on_events=events.on_events,

@@ -118,7 +118,7 @@ class AbandonAttempt(NamedTuple):
 
 
 class Acknowledgement(NamedTuple):
-    """Answers one ChunkHeader, in the order of the headers."""
+    """Answers every ChunkHeader up to this one that is not answered yet; those before it are OK."""
 
     sequence_number: int
     status: TransferStatus

@@ -29,7 +29,8 @@ class _Arriving:
 
 @dataclass(slots=True)
 class _Incoming:
-    num_unacknowledged: int = 0
+    # Announced and not landed in their turn.
+    num_under_way: int = 0
     # Of the first chunk that was not OK.
     failure: tuple[TransferStatus, str] | None = None
     ending: Commit | AbandonAttempt | None = None
@@ -45,8 +46,10 @@ class ReceivingProtocol:
         self._num_free = 0
         self._max_chunk_bytes = max_chunk_bytes
         self._next_sequence_number = 0
-        # Announced and not acknowledged, in order.
+        # Announced and not landed in their turn, in order.
         self._chunks: dict[int, _Arriving] = {}
+        # Landed in their turn and not acknowledged yet: all OK.
+        self._num_unanswered = 0
         self._attempts: dict[AttemptKey, _Incoming] = {}
         self._ended = ""
 
@@ -102,14 +105,16 @@ class ReceivingProtocol:
             if verdict is None:
                 break
             key = self._chunks.pop(number).header.key
-            actions.append(Send(Acknowledgement(number, *verdict)))
             attempt = self._attempts[key]
-            attempt.num_unacknowledged -= 1
-            if attempt.failure is None and verdict[0] is not TransferStatus.OK:
-                attempt.failure = verdict
+            attempt.num_under_way -= 1
+            self._num_unanswered += 1
+            if verdict[0] is not TransferStatus.OK:
+                attempt.failure = attempt.failure or verdict
+                actions += self._answer(*verdict)
             actions += self._conclude(key)
         # Half a window at a time: fewer messages, and prefill never runs dry while slots stand empty.
         if self._num_free * 2 >= self._window or not self._chunks:
+            actions += self._answer()
             actions.append(Send(Credit(self._num_free)))
             self._credits += self._num_free
             self._num_free = 0
@@ -120,7 +125,7 @@ class ReceivingProtocol:
         if self._ended:
             return []
         del self._attempts[key]
-        return [Send(CommitAcknowledgement(key, status, detail))]
+        return [*self._answer(), Send(CommitAcknowledgement(key, status, detail))]
 
     def reservation_gone(self, key: AttemptKey) -> list[ReceivingAction]:
         """Tells prefill to stop, if it is still at work on this attempt or an older one."""
@@ -153,18 +158,27 @@ class ReceivingProtocol:
         self._next_sequence_number += 1
         self._credits -= 1
         self._chunks[header.sequence_number] = _Arriving(header)
-        attempt.num_unacknowledged += 1
+        attempt.num_under_way += 1
         return [Receive(header)]
+
+    def _answer(self, status: TransferStatus = TransferStatus.OK, detail: str = "") -> list[ReceivingAction]:
+        """Acknowledges every chunk that has landed in its turn, the last one of them with this status."""
+        if not self._num_unanswered:
+            return []
+        self._num_unanswered = 0
+        first_under_way = next(iter(self._chunks), self._next_sequence_number)
+        return [Send(Acknowledgement(first_under_way - 1, status, detail))]
 
     def _conclude(self, key: AttemptKey) -> list[ReceivingAction]:
         """Ends an attempt once everything announced before its end has landed."""
         attempt = self._attempts[key]
-        if attempt.ending is None or attempt.num_unacknowledged:
+        if attempt.ending is None or attempt.num_under_way:
             return []
         if isinstance(attempt.ending, AbandonAttempt):
             del self._attempts[key]
-            return [Deliver(attempt.ending)]
+            return [*self._answer(), Deliver(attempt.ending)]
         if attempt.failure is not None:
             del self._attempts[key]
-            return [Send(CommitAcknowledgement(key, *attempt.failure)), Deliver(AbandonAttempt(key))]
+            refusal = Send(CommitAcknowledgement(key, *attempt.failure))
+            return [*self._answer(), refusal, Deliver(AbandonAttempt(key))]
         return [Deliver(attempt.ending)]

@@ -47,7 +47,8 @@ class SendingProtocol:
         self._credits = num_credits
         self._max_chunk_bytes = max_chunk_bytes
         self._next_sequence_number = 0
-        self._unacknowledged: deque[tuple[int, AttemptKey]] = deque()
+        # Attempts of the chunks announced last, one for each that decode has not answered.
+        self._unacknowledged: deque[AttemptKey] = deque()
         self._attempts: dict[AttemptKey, _Outgoing] = {}
         self._ended = ""
 
@@ -100,7 +101,7 @@ class SendingProtocol:
         sequence_number = self._next_sequence_number
         self._next_sequence_number += 1
         self._credits -= 1
-        self._unacknowledged.append((sequence_number, key))
+        self._unacknowledged.append(key)
         attempt = self._attempts[key]
         attempt.num_unacknowledged += 1
         attempt.num_bytes += num_bytes
@@ -158,15 +159,20 @@ class SendingProtocol:
         return [*actions, End(self._ended)]
 
     def _acknowledged(self, sequence_number: int, status: TransferStatus, detail: str) -> list[SendingAction]:
-        expected, key = self._unacknowledged[0] if self._unacknowledged else (None, None)
-        if key is None or sequence_number != expected:
-            return self.end(f"decode acknowledged chunk {sequence_number} where {expected} was due")
-        self._unacknowledged.popleft()
-        attempt = self._attempts[key]
-        attempt.num_unacknowledged -= 1
-        if attempt.phase is _Phase.STOPPED and not attempt.num_unacknowledged:
-            return [self._finish(key, *attempt.verdict)]
-        return [] if status is TransferStatus.OK else self._stop(key, status, detail)
+        first = self._next_sequence_number - len(self._unacknowledged)
+        if not first <= sequence_number < self._next_sequence_number:
+            due = f"{first} to {self._next_sequence_number - 1} were due" if self._unacknowledged else "none was due"
+            return self.end(f"decode acknowledged chunk {sequence_number} where {due}")
+        actions: list[SendingAction] = []
+        for number in range(first, sequence_number + 1):
+            key = self._unacknowledged.popleft()
+            attempt = self._attempts[key]
+            attempt.num_unacknowledged -= 1
+            if attempt.phase is _Phase.STOPPED and not attempt.num_unacknowledged:
+                actions.append(self._finish(key, *attempt.verdict))
+            elif number == sequence_number and status is not TransferStatus.OK:
+                actions += self._stop(key, status, detail)
+        return actions
 
     def _stop(self, key: AttemptKey, status: TransferStatus, detail: str) -> list[SendingAction]:
         if not self.is_open(key):

@@ -48,6 +48,7 @@ class HandTurnedEngine(DecodeEngine):
             parts.cache,
             config=parts.model.config,
             context_length=parts.identity.context_length,
+            stream_interval_s=0.0,
             clock=self.clock,
             metrics=DecodeMetrics(),
             on_events=self.record,

@@ -95,7 +95,7 @@ def test_acknowledgements_come_in_order_and_credits_half_a_window_at_a_time() ->
         Send(Acknowledgement(1, OK, "")),
         Send(Credit(2)),
     ]
-    assert decode.landed(2, OK, "") == [Free(2), Send(Acknowledgement(2, OK, ""))]
+    assert decode.landed(2, OK, "") == [Free(2)]
     assert decode.landed(3, OK, "") == [Free(3), Send(Acknowledgement(3, OK, "")), Send(Credit(2))]
     assert decode.num_credits == 4
 
@@ -137,7 +137,7 @@ def test_after_the_end_decode_only_frees_slots(decode: ReceivingProtocol) -> Non
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        (Acknowledgement(0, OK, ""), "decode acknowledged chunk 0 where None was due"),
+        (Acknowledgement(0, OK, ""), "decode acknowledged chunk 0 where none was due"),
         (Credit(1), "decode granted 3 credits in a window of 2"),
         (CommitAcknowledgement(A, OK, ""), "decode acknowledged a commit of AttemptKey(reservation=1, attempt=1) that"),
         (Goodbye("draining"), "draining"),
@@ -151,10 +151,28 @@ def test_prefill_ends_the_pair_and_every_attempt_with_it(prefill: SendingProtoco
     assert prefill.handle(Credit(1)) == prefill.end("again") == []
 
 
-def test_acknowledgements_out_of_order_end_the_pair(prefill: SendingProtocol) -> None:
+def test_one_acknowledgement_answers_all_chunks_before_it(prefill: SendingProtocol) -> None:
+    other = AttemptKey(2, 1)
+    prefill.begin(other)
+    prefill.announce(A, **SHAPE)
+    prefill.announce(other, **SHAPE)
+    prefill.abandon(A)
+    assert prefill.handle(Acknowledgement(1, INVALID, "why")) == [
+        Finish(A, AttemptOutcome(FENCED, "abandoned by prefill", 8)),
+        Send(AbandonAttempt(other)),
+        Finish(other, AttemptOutcome(INVALID, "why", 8)),
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_an_acknowledgement_of_what_is_not_open_ends_the_pair(prefill: SendingProtocol, number: int) -> None:
+    prefill.announce(A, **SHAPE)
+    prefill.handle(Acknowledgement(0, OK, ""))
+    prefill.handle(Credit(1))
     prefill.announce(A, **SHAPE)
     prefill.announce(A, **SHAPE)
-    assert prefill.handle(Acknowledgement(1, OK, ""))[-1] == End("decode acknowledged chunk 1 where 0 was due")
+    expected = End(f"decode acknowledged chunk {number} where 1 to 2 were due")
+    assert prefill.handle(Acknowledgement(number, OK, ""))[-1] == expected
 
 
 @pytest.mark.parametrize("status", [FENCED, CORRUPT, INVALID])
