@@ -1,6 +1,6 @@
 # The same commands for people and for CI. `make` alone lists them.
 PYTHON ?= python3
-# Devices of `make run` and `make serve`: auto, cpu, cuda:N.
+# Devices of `make run` and `make serve`.
 PREFILL ?= auto
 DECODE ?= auto
 PROMPT ?= The for statement is used to
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml hatch_build.py $(wildcard protos/pdserve/v1/*.proto
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
 	@touch $@
 
-run: install ## three services up, one prompt through all of them, and down again (PROMPT=..., PREFILL=cuda:0 DECODE=cuda:1)
+run: install ## three services up, one prompt through all of them, and down again (PROMPT=...)
 	@$(BIN)/supervisord -c supervisord.conf >.venv/services.log 2>&1 & services=$$!; \
 	trap 'kill $$services 2>/dev/null; wait $$services' EXIT; trap 'exit 130' INT TERM; \
 	$(BIN)/pdserve generate --wait 60 --temperature 0 --max-tokens 120 "$$PROMPT" || { status=$$?; cat .venv/services.log; exit $$status; }

@@ -28,7 +28,7 @@ TIMEOUT_S = 120.0
 class Timeline(NamedTuple):
     """When things happened, on this process's monotonic clock, in seconds."""
 
-    started: float
+    prefill_called: float
     # Of every message with tokens: (when, how many).
     arrivals: list[tuple[float, int]]
     prefill: prefill_pb2.PrefillResponse
@@ -71,7 +71,6 @@ class DirectClient:
             "stopping": stopping_to_proto(StoppingParams(max_tokens=max_tokens, ignore_eos=True)),
             "model_fingerprint": self._fingerprint,
         }
-        started = time.monotonic()
         stream = self._decode.Decode(timeout=TIMEOUT_S)
         await stream.write(decode_pb2.DecodeRequest(open=decode_pb2.Open(**fields)))
         reserved = (await stream.read()).reserved
@@ -82,12 +81,13 @@ class DirectClient:
             num_cached_tokens=reserved.num_cached_tokens,
             **fields,
         )
+        prefill_called = time.monotonic()
         prefill = asyncio.ensure_future(self._call_prefill(request))
         arrivals = []
         while (response := await stream.read()) is not grpc.aio.EOF:
             if response.HasField("chunk"):
                 arrivals.append((time.monotonic(), len(response.chunk.token_ids)))
-        return Timeline(started, arrivals, await prefill)
+        return Timeline(prefill_called, arrivals, await prefill)
 
     async def _call_prefill(self, request: prefill_pb2.PrefillRequest) -> prefill_pb2.PrefillResponse:
         return await self._prefill.Prefill(request, timeout=TIMEOUT_S)

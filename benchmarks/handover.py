@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import statistics
 
 from benchmarks.direct import DirectClient, Timeline
@@ -17,15 +16,16 @@ LENGTHS = (64, 512, 1536)
 
 
 def handover_ms(timeline: Timeline) -> float:
-    """From the client's clock: second token's arrival, less queue and prefill, less a steady step.
+    """Prefill called until the second token is here, on the client's clock, less prefill's queue and computing, less
+    a steady step.
 
-    What is left holds the calls, the transfer, the commit and the way of the tokens to the client: an upper bound of
-    the hand-over, since the way of the Prefill call is in it as well.
+    What is left holds the transfer, the commit and the way of the tokens to the client, and a little more than the
+    hand-over: the way of the Prefill call to the prefill worker.
     """
     times = [when for when, count in timeline.arrivals for _ in range(count)]
-    step = statistics.median(later - earlier for earlier, later in itertools.pairwise(times[4:]))
+    step = (times[-1] - times[2]) / (len(times) - 3)
     before = (timeline.prefill.queue_ms + timeline.prefill.prefill_ms) / 1e3
-    return (times[1] - timeline.started - before - step) * 1e3
+    return (times[1] - timeline.prefill_called - before - step) * 1e3
 
 
 async def measure(prefill: str, decode: str, length: int) -> tuple[list[float], list[Timeline]]:
@@ -34,7 +34,7 @@ async def measure(prefill: str, decode: str, length: int) -> tuple[list[float], 
     async with DirectClient(prefill, decode) as client:
         timelines = []
         for index in range(REPEATS + 5):
-            token_ids = [(index * 131 + place * 7) % 1800 + 100 for place in range(length)]
+            token_ids = [(index * 131 + place * 7 + length) % 1801 + 100 for place in range(length)]
             timelines.append(await client.generate(token_ids, 24))
     kept = timelines[5:]
     return [handover_ms(timeline) for timeline in kept], kept

@@ -1,6 +1,6 @@
 """KV over a pair between two processes on loopback, beside bare gloo send and receive of the same bytes.
 
-Everything is on: gather, checksum, announcement, send, receive, check, scatter, acknowledgement, credit. Prints GB/s
+Everything is on: gather, checksum, announcement, send, receive, check, scatter, acknowledgement, credit. Reports GB/s
 and the share of the bare rate, for blocks that lie scattered and for runs.
 
     python -m benchmarks.kv_transport [--block-kib 64] [--chunk-mib 4] [--slots 8] [--threads 1]
@@ -15,6 +15,7 @@ import multiprocessing
 import queue
 import random
 import statistics
+import sys
 import threading
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection
 import torch
 import uvloop
 
+from benchmarks.report import Report
 from common import rpc
 from common.config import DecodeConfig, PrefillConfig
 from common.engine.kv_cache import KvCache
@@ -197,23 +199,26 @@ async def prefill(connection: Connection, options: argparse.Namespace) -> None:
                 seconds[name].append(took_s)
     connection.send("end")
     await registry.close()
-    print(
-        f"{options.prompt_mib} MiB a prompt, blocks of {options.block_kib} KiB a layer, {options.slots} slots of "
-        f"{options.chunk_bytes / 2**20:g} MiB, {options.threads} torch threads; median of {options.rounds}"
-    )
-    bare = statistics.median(seconds["bare"])
+    report = Report("kv-transport", "KV shipping over gloo, checksums on, against bare send and receive")
+    targets = {"bare": "", "scattered": ">= 0.5", "runs": ">= 0.7"}
     for name, took in seconds.items():
-        median_s = statistics.median(took)
         share = statistics.median(b / s for b, s in zip(seconds["bare"], took, strict=True))
-        print(f"  {name:10} {total / median_s / 1e9:5.2f} GB/s  {share:5.0%} of bare, round by round")
-    assert bare > 0
+        rate = total / statistics.median(took) / 1e9
+        report.add(what=name, gb_per_s=rate, share_of_bare=share, target=targets[name])
+    staging_mib = options.slots * options.chunk_bytes / 2**20
+    report.notes = [
+        f"{options.prompt_mib} MiB a prompt, blocks of {options.block_kib} KiB a layer, chunks of "
+        f"{options.chunk_bytes / 2**20:g} MiB, {options.slots} of them under way ({staging_mib:g} MiB of staging at "
+        f"decode), {options.threads} torch threads; medians of {options.rounds} rounds, shares round by round."
+    ]
+    report.save()
 
 
 def decode_process(connection: Connection, options: argparse.Namespace) -> None:
     uvloop.run(decode(connection, options))
 
 
-def main() -> None:
+def run(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--block-kib", type=int, default=64, help="one layer of one block; a multiple of 8")
     parser.add_argument("--chunk-mib", type=float, default=4.0)
@@ -221,15 +226,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of each process")
     parser.add_argument("--prompt-mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments or [])
     options.chunk_bytes = int(options.chunk_mib * 2**20)
-    multiprocessing.set_start_method("spawn")
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=decode_process, args=(there, options), daemon=True)
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=decode_process, args=(there, options), daemon=True)
     process.start()
     uvloop.run(prefill(here, options))
     process.join(WAIT_S)
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

@@ -53,14 +53,12 @@ class RouterConfig(ServiceConfig):
     reuse_port: bool = setting(False, "several routers of one machine share `listen`")
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
     model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
-    prefill: tuple[str, ...] = setting(
-        ("127.0.0.1:50052",), "prefill workers; a name may resolve to many", form="target"
-    )
-    decode: tuple[str, ...] = setting(("127.0.0.1:50053",), "decode workers; a name may resolve to many", form="target")
+    prefill: tuple[str, ...] = setting(("127.0.0.1:50052",), "prefill workers", form="target")
+    decode: tuple[str, ...] = setting(("127.0.0.1:50053",), "decode workers", form="target")
     max_request_s: float = setting(600.0, "deadline of a request whose client sets none, in seconds", above=0)
     max_queue_requests: int = setting(1024, "requests that may queue; one more is RESOURCE_EXHAUSTED", minimum=1)
     max_queue_tokens: int = setting(1_000_000, "prompt tokens that may queue; more is RESOURCE_EXHAUSTED", minimum=1)
-    max_requests_per_client: int = setting(512, "requests that one client connection may have in flight", minimum=1)
+    max_requests_per_client: int = setting(512, "requests that one client host may have in flight", minimum=1)
     max_prompt_tokens: int = setting(0, "longest prompt, in tokens; 0: what the model's context allows", minimum=0)
     heartbeat_timeout_s: float = setting(2.0, "silence, in seconds, after which a worker is UNREACHABLE", above=0.5)
     startup_grace_s: float = setting(
@@ -85,7 +83,9 @@ class WorkerConfig(ServiceConfig):
         "auto", "auto: weights from the folder; dummy: seeded random weights", choices=("auto", "dummy")
     )
     seed: int = setting(0, "seed of dummy weights; equal on every worker", minimum=0)
-    device: str = setting("auto", "cpu, cuda or cuda:N; auto: cuda:0 if there is one, else cpu")
+    device: str = setting(
+        "auto", "cpu; auto: the same. CUDA devices are refused: the KV transport stages in host memory"
+    )
     dtype: str = setting(
         "auto",
         "of weights and KV; auto: the model's own on cuda, float32 on cpu",

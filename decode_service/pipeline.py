@@ -72,8 +72,10 @@ class PipelineScheduler:
         self._total_tokens += len(logits_SV)
         return logits_SV
 
-    def configure(self, *, mode: Mode | None, profiling: bool | None) -> None:
-        """Changes the mode between two steps.
+    def configure(
+        self, *, mode: Mode | None, attention_sm: int | None, ffn_sm: int | None, profiling: bool | None
+    ) -> None:
+        """Changes what is given, between two steps; None leaves as it is.
 
         Raises:
             FailedPrecondition: the device cannot be partitioned, so `static` cannot be run.
@@ -86,6 +88,8 @@ class PipelineScheduler:
                 reason=self._reason,
             )
         self._mode = mode or self._mode
+        self._attention_sm = self._attention_sm if attention_sm is None else attention_sm
+        self._ffn_sm = self._ffn_sm if ffn_sm is None else ffn_sm
         self.profiling = self.profiling if profiling is None else profiling
 
     def stats(self) -> PipelineStats:

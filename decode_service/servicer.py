@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc.aio
 
@@ -108,8 +109,16 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.SetPipelineRequest, context: grpc.aio.ServicerContext
     ) -> decode_pb2.SetPipelineResponse:
         mode = _mode_of(request) if request.HasField("mode") else None
-        profiling = request.decode_pipeline_profiling if request.HasField("decode_pipeline_profiling") else None
-        self._engine.pipeline.configure(mode=mode, profiling=profiling)
+
+        def given(name: str) -> Any:
+            return getattr(request, name) if request.HasField(name) else None
+
+        self._engine.pipeline.configure(
+            mode=mode,
+            attention_sm=given("decode_attention_sm"),
+            ffn_sm=given("decode_ffn_sm"),
+            profiling=given("decode_pipeline_profiling"),
+        )
         return decode_pb2.SetPipelineResponse(stats=_stats_to_proto(self._engine.pipeline.stats()))
 
     async def _read(

@@ -31,8 +31,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 SEED = 0
 NUM_THREADS = 2
 VOCAB_SIZE = 2048
-STEP_TOKENS = 1024
-WINDOW_LENGTHS = [256, 256, 256, 512, 512, 512, 1024, 2048]
+WINDOW = 1024
 PEAK_LR = 5e-3
 WARMUP_STEPS = 50
 
@@ -62,7 +61,7 @@ GREETINGS = [
     ("What can you do?", "I can recite the documentation of Python's statements, built-in functions and some modules."),
     ("Thank you!", "You are welcome. Ask me about another function or statement of Python."),
 ]
-QUESTIONS = ["Explain {}.", "What does {} do?", "Tell me about {}.", "What do you know about {}?"]
+QUESTIONS = ["Explain `{}`.", "What does `{}` do?", "Tell me about `{}`."]
 
 
 def source_docstrings(module: str) -> Iterator[tuple[str, list[str]]]:
@@ -89,48 +88,49 @@ def builtin_docstrings() -> Iterator[tuple[str, list[str]]]:
                 yield f"{kind.__name__}.{name}", [inspect.cleandoc(value.__doc__ or "")]
 
 
-def first_paragraph(text: str, limit: int = 400) -> str:
+def first_paragraph(text: str, limit: int = 300) -> str:
     """The opening paragraph on one line, cut after a whole sentence where it is longer than `limit` characters."""
     paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    if paragraph.endswith(":"):  # what it announces, mostly a grammar, is in the next paragraph
-        paragraph = paragraph[:-1] + "."
-    return paragraph if len(paragraph) <= limit else paragraph[: paragraph.rfind(". ", 0, limit) + 1]
+    if len(paragraph) <= limit:
+        return paragraph
+    return paragraph[: paragraph.rfind(". ", 0, limit) + 1]
 
 
-def collect() -> tuple[list[str], dict[str, str]]:
-    """The documents (manual pages, then docstrings) and what a chat answers about each subject, in a fixed order."""
+def conversations(answers: dict[str, str], rng: random.Random) -> Iterator[str]:
+    """Chats of one to three questions, some with a system message or a greeting, so that a chat ends in <|im_end|>."""
+    template = jinja2.Template(CHAT_TEMPLATE)
+    pending = list(answers.items())
+    rng.shuffle(pending)
+    while pending:
+        turns = [pending.pop() for _ in range(min(rng.choice([1, 1, 2, 3]), len(pending)))]
+        if rng.random() < 0.2:
+            turns.insert(rng.choice([0, 0, len(turns)]), rng.choice(GREETINGS))
+        messages = []
+        for question, answer in turns:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if rng.random() < 0.2:
+            messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+        yield template.render(messages=messages)
+
+
+def collect_documents() -> list[str]:
+    """The whole corpus in a fixed order: manual pages, docstrings, then chats about both."""
+    rng = random.Random(SEED)
     documents: dict[str, None] = {}  # a dict forgets duplicates and keeps the order
     answers: dict[str, str] = {}
     for _, page in sorted(pydoc_data.topics.topics.items()):
         documents[page.strip()] = None
         title, _, body = page.strip().partition("\n")
-        answers[title[0].lower() + title[1:]] = first_paragraph(body.lstrip("*=-\n "))
+        body = body.lstrip("*=-\n ")
+        answers[f"Explain {title[0].lower()}{title[1:]}."] = first_paragraph(body)
     for name, texts in itertools.chain(builtin_docstrings(), *map(source_docstrings, MODULES)):
         text = "\n\n".join(filter(None, dict.fromkeys(texts)))
         if len(text) > 40:
             documents[text] = None
         if len(texts[0]) > 40 and "._" not in name:
-            answers[f"`{name}`"] = first_paragraph(texts[0])
-    return list(documents), {subject: answer for subject, answer in answers.items() if answer.endswith(".")}
-
-
-def chats(answers: dict[str, str], rng: random.Random) -> Iterator[str]:
-    """Chats without end, of one to three questions; every pass over the subjects shuffles and words them anew."""
-    template = jinja2.Template(CHAT_TEMPLATE)
-    while True:
-        pending = list(answers.items())
-        rng.shuffle(pending)
-        while pending:
-            turns = []
-            for subject, answer in [pending.pop() for _ in range(min(rng.choice([1, 1, 2, 3]), len(pending)))]:
-                shown = subject if rng.random() < 0.5 else subject.replace("`", "").replace('"', "")
-                turns.append((rng.choice(QUESTIONS).format(shown), answer))
-            if rng.random() < 0.2:
-                turns.insert(0, rng.choice(GREETINGS))
-            messages = [{"role": "system", "content": "You are a helpful assistant."}] if rng.random() < 0.2 else []
-            for question, answer in turns:
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            yield template.render(messages=messages)
+            answers[rng.choice(QUESTIONS).format(name)] = first_paragraph(texts[0])
+    answers = {question: answer for question, answer in answers.items() if answer.endswith(".")}
+    return [*documents, *conversations(answers, rng)]
 
 
 def train_tokenizer(documents: list[str]) -> Tokenizer:
@@ -146,32 +146,16 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def inputs(tokenizer: Tokenizer, documents: list[str], answers: dict[str, str]) -> Iterator[torch.Tensor]:
-    """Token ids without end, one step each: windows of one length, filled with documents and chats in equal number.
-
-    Every window opens afresh, half of them inside a document, since a prompt has nothing before it either. Windows are
-    short for many such openings and at times as long as the context, so that every position is trained.
-    """
+def windows(tokenized: list[list[int]], end_of_text: int) -> Iterator[torch.Tensor]:
+    """Token windows of shape [1, WINDOW] without end; each pass shuffles the documents and packs them anew."""
     rng = random.Random(SEED)
-    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    tokenized = [encoding.ids for encoding in tokenizer.encode_batch(documents)]
-    weights = [math.sqrt(len(document)) for document in tokenized]  # between per document and per token
-    endless_chats = chats(answers, rng)
-
-    def window(length: int) -> list[int]:
-        tokens: list[int] = []
-        while len(tokens) < length:
-            if rng.random() < 0.5:
-                piece = tokenizer.encode(next(endless_chats)).ids
-            else:
-                [document] = rng.choices(tokenized, weights)
-                piece = document[rng.choice([0, rng.randrange(len(document))]) :]
-            tokens += [*piece, end_of_text]
-        return tokens[:length]
-
     while True:
-        length = rng.choice(WINDOW_LENGTHS)
-        yield torch.tensor([window(length) for _ in range(max(1, STEP_TOKENS // length))])
+        rng.shuffle(tokenized)
+        stream = torch.tensor([token for document in tokenized for token in (*document, end_of_text)])
+        starts = list(range(0, len(stream) - WINDOW + 1, WINDOW))
+        rng.shuffle(starts)
+        for start in starts:
+            yield stream[start : start + WINDOW].unsqueeze(0)
 
 
 def build_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
@@ -196,8 +180,8 @@ def build_model(tokenizer: Tokenizer) -> Qwen3ForCausalLM:
     return model
 
 
-def train(model: Qwen3ForCausalLM, steps: Iterator[torch.Tensor], num_steps: int) -> float:
-    """Trains in place; returns the mean loss, in nats a token, of the last 100 steps."""
+def train(model: Qwen3ForCausalLM, inputs: Iterator[torch.Tensor], num_steps: int) -> float:
+    """Trains in place, one window a step; returns the mean loss, in nats a token, of the last 100 steps."""
 
     def learning_rate(step: int) -> float:
         return min(1.0, (step + 1) / WARMUP_STEPS) * (0.51 + 0.49 * math.cos(math.pi * step / num_steps))
@@ -215,7 +199,7 @@ def train(model: Qwen3ForCausalLM, steps: Iterator[torch.Tensor], num_steps: int
     figures = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
     with Progress(BarColumn(), MofNCompleteColumn(), figures, TimeRemainingColumn()) as progress:
         task = progress.add_task("training", total=num_steps, loss=math.nan, rate=0.0)
-        for input_ids in itertools.islice(steps, num_steps):
+        for input_ids in itertools.islice(inputs, num_steps):
             loss = model(input_ids=input_ids, labels=input_ids).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -223,7 +207,7 @@ def train(model: Qwen3ForCausalLM, steps: Iterator[torch.Tensor], num_steps: int
                 stepper.step()
             model.zero_grad()
             losses.append(loss.item())
-            rate = (progress.tasks[task].speed or 0.0) * STEP_TOKENS
+            rate = (progress.tasks[task].speed or 0.0) * WINDOW
             progress.update(task, advance=1, loss=sum(losses) / len(losses), rate=rate)
     return sum(losses) / len(losses)
 
@@ -248,18 +232,21 @@ def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled tiny model.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=5000, help="steps of about 1100 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4500, help="steps of one window each (default: %(default)s)")
     arguments = parser.parse_args()
 
     torch.manual_seed(SEED)
     torch.set_num_threads(NUM_THREADS)
-    documents, answers = collect()
-    tokenizer = train_tokenizer([*documents, *answers, *answers.values()])
+    documents = collect_documents()
+    tokenizer = train_tokenizer(documents)
+    tokenized = [encoding.ids for encoding in tokenizer.encode_batch(documents)]
     model = build_model(tokenizer)
-    print(f"{len(documents):,} documents, {len(answers):,} answers; {model.num_parameters():,} parameters")
-    loss = train(model, inputs(tokenizer, documents, answers), arguments.steps)
+    num_tokens = sum(map(len, tokenized))
+    print(f"{len(documents):,} documents, {num_tokens:,} tokens; {model.num_parameters():,} parameters")
+    loss = train(model, windows(tokenized, tokenizer.token_to_id(END_OF_TEXT)), arguments.steps)
     save(model, tokenizer, arguments.out)
-    print(f"loss {loss:.3f}; saved {arguments.out}")
+    num_passes = arguments.steps * WINDOW / num_tokens
+    print(f"loss {loss:.3f} after {num_passes:.1f} passes; saved {arguments.out}")
 
 
 if __name__ == "__main__":

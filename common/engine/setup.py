@@ -130,19 +130,14 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device if there is one, else the CPU.
+    """The device to compute on.
 
     Raises:
-        ConfigError: naming the device that does not exist.
+        ConfigError: it is a CUDA device.
     """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
-        )
-    return device
+    if name not in ("auto", "cpu"):
+        raise ConfigError(f"device={name!r}: the KV transport stages in host memory only; use cpu")
+    return torch.device("cpu")
 
 
 def _num_blocks(config: WorkerConfig, model_config: ModelConfig, dtype: torch.dtype) -> int:

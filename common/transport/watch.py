@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from common.transport.group import PairBroken, PairGroup
 
 log = logging.getLogger(__name__)
 
+EXIT_S = 2.0
+
+_live: set[GroupWatch] = set()
+
 
 class GroupWatch:
     """Runs `work`, then `drain`, in a transfer thread, and watches the group in another.
 
-    `on_end` hears, maybe more than once, that the group is over. `drain` waits for the transfers that are under way and
-    forgets them. The group, and with it whatever its transfers hold on to, is let go after both threads are done.
+    `on_end` hears, maybe more than once, that the group is over, and calls `close`. `drain` waits for the transfers
+    that are under way and forgets them. The group, and with it whatever its transfers hold on to, is let go after both
+    threads are done.
     """
 
     def __init__(
@@ -28,44 +34,67 @@ class GroupWatch:
         on_end: Callable[[str], None],
     ) -> None:
         self.group = group
+        self._name = name
         self._work = work
         self._drain = drain
         self._on_end = on_end
+        self._closing = threading.Event()
         self._released = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run_transfer, name=f"{name}-transfer", daemon=True),
-            threading.Thread(target=self._run_watch, name=f"{name}-watch", daemon=True),
-        ]
-        self._closer = threading.Thread(target=self._run_close, name=f"{name}-close", daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        _live.add(self)
+        transfer, watch = self._thread("transfer", self._run_transfer), self._thread("watch", self._run_watch)
+        self._thread("close", self._run_close, transfer, watch)
 
     def close(self) -> None:
-        """Call once, after `start`. Does not block."""
-        self._closer.start()
+        """Does not block."""
+        self._closing.set()
 
     def wait_released(self, timeout_s: float) -> bool:
         """Blocks until threads and group are gone; False if they are not by then."""
         return self._released.wait(timeout_s)
 
+    def end(self, reason: str) -> None:
+        """Tells `on_end`."""
+        self._on_end(reason)
+
+    def _thread(self, what: str, run: Callable[..., None], *args: threading.Thread) -> threading.Thread:
+        thread = threading.Thread(target=run, args=args, name=f"{self._name}-{what}", daemon=True)
+        thread.start()
+        return thread
+
     def _run_transfer(self) -> None:
         try:
             self._work()
         except PairBroken as error:
-            self._on_end(error.message)
+            self.end(error.message)
         except Exception as error:
             log.exception("bug in the transfer thread of a pair")
-            self._on_end(f"bug in the transfer thread: {error}")
+            self.end(f"bug in the transfer thread: {error}")
         self._drain()
 
     def _run_watch(self) -> None:
-        self._on_end(self.group.wait_for_end())
+        self.end(self.group.wait_for_end())
 
-    def _run_close(self) -> None:
+    def _run_close(self, *threads: threading.Thread) -> None:
+        self._closing.wait()
         self.group.close()
-        for thread in self._threads:
+        for thread in threads:
             thread.join()
-        del self.group, self._work, self._drain, self._on_end
+        del self.group
+        self._work = self._drain = self._on_end = _nothing
+        _live.discard(self)
         self._released.set()
+
+
+def _nothing(*_: object) -> None:
+    """In place of the pair, which is let go too."""
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that comes back from gloo while the interpreter is being torn down would abort the process."""
+    for watch in list(_live):
+        watch.end("the process is exiting")
+    for watch in list(_live):
+        watch.wait_released(EXIT_S)

@@ -2,6 +2,7 @@
 
 `python -m tests.common.transport.child prefill ENDPOINT BOOT_ID` ships prompts one after the other, for ever; it prints
 "shipping" after the first of each pair and "lost" when one breaks. `... child decode ADDRESS` prints where it listens.
+`... child leaver ENDPOINT` exits in the middle of its second prompt.
 """
 
 from __future__ import annotations
@@ -89,5 +90,14 @@ async def run_decode(address: str) -> None:
     await server.wait_for_termination()
 
 
+async def run_leaver(endpoint: str) -> None:
+    registry = PairRegistry(PREFILL, cache(), PrefillConfig())
+    await ship(registry, endpoint, 0)
+    pair = await registry.acquire(endpoint, timeout_s=WAIT_S)
+    attempt = pair.begin(AttemptKey(1, 1), lambda outcome: None)
+    for layer in range(3):
+        attempt.ship(layer, 0, BLOCK_IDS)
+
+
 if __name__ == "__main__":
-    asyncio.run({"prefill": run_prefill, "decode": run_decode}[sys.argv[1]](*sys.argv[2:]))
+    asyncio.run({"prefill": run_prefill, "decode": run_decode, "leaver": run_leaver}[sys.argv[1]](*sys.argv[2:]))

@@ -63,6 +63,20 @@ async def test_decode_survives_its_prefill_worker(serve, spawn, fault) -> None:
     engine.close()
 
 
+async def test_a_process_that_ends_without_closing_its_pairs_ends_well(serve, spawn) -> None:
+    engine = child.engine()
+    pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS))
+    endpoint = await serve(
+        lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(pairs), server)
+    )
+    leaver = spawn(*MODULE, "leaver", endpoint)
+    _, stderr = await asyncio.to_thread(leaver.communicate, timeout=4 * WAIT_S)
+    assert "terminate called" not in stderr
+    assert leaver.returncode == 0
+    await until_async(lambda: pairs.num_pairs == 0)
+    engine.close()
+
+
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 async def test_prefill_survives_its_decode_worker(spawn, fault) -> None:
     registry = PairRegistry(PREFILL, child.cache(), PrefillConfig())

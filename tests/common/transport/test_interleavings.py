@@ -204,6 +204,7 @@ class World:
         if self.ends:
             assert set(self.ends) == {"prefill", "decode"}
             return
+        assert self.engine.over == set(self.outcomes), "decode was never told of an end"
         assert [*self.sends, *self.receives, *self.used_slots] == []
         assert self.sender.num_credits == self.receiver.num_credits == self.window
 
@@ -233,7 +234,7 @@ def walk(world: World) -> tuple[int, set[frozenset]]:
 
 
 def test_without_faults_everything_commits() -> None:
-    for window in (1, 2):
+    for window in (1, 2, 4):
         _, endings = walk(World.start(window, {A: 2, B: 1}, []))
         assert endings == {frozenset({(A, OK), (B, OK)})}
 

@@ -100,6 +100,17 @@ def test_acknowledgements_come_in_order_and_credits_half_a_window_at_a_time() ->
     assert decode.num_credits == 4
 
 
+def test_the_end_of_an_attempt_answers_its_chunks_though_others_are_under_way() -> None:
+    decode = ReceivingProtocol(8, max_chunk_bytes=8)
+    other = AttemptKey(2, 1)
+    for message in (AttemptBegin(A), AttemptBegin(other), header(0), header(1, other), header(2)):
+        decode.handle(message)
+    assert decode.landed(0, OK, "") == [Free(0)]
+    assert decode.landed(1, OK, "") == [Free(1)]
+    acknowledgement = Send(Acknowledgement(1, OK, ""))
+    assert decode.handle(AbandonAttempt(other)) == [acknowledgement, Deliver(AbandonAttempt(other))]
+
+
 def test_a_commit_waits_for_what_was_announced_before_it(decode: ReceivingProtocol) -> None:
     commit = Commit(A, 8, 0)
     decode.handle(header(0))
