@@ -87,10 +87,7 @@ class WorkerMetrics(Metrics):
         self.cached_blocks = new.gauge("cached_blocks", "Free KV blocks that hold a reusable prefix.")
         self.total_blocks = new.gauge("total_blocks", "KV blocks in all.")
         self.pairs = new.gauge("pairs", "Live prefill/decode pairs.")
-        self.pairs_lost = new.counter("pairs_lost", "Pairs that ended without a goodbye.")
         self.kv_bytes = new.counter("kv_bytes", "KV payload shipped (prefill) or received (decode).", "transport")
-        self.kv_chunks = new.counter("kv_chunks", "KV chunks: OK, FENCED, CORRUPT or INVALID.", "status")
-        self.kv_chunk_s = new.histogram("kv_chunk_seconds", "A chunk announced until acknowledged.", buckets=STEP_S)
         self.queue_s = new.histogram("queue_seconds", "Received until scheduled (prefill) or reserved (decode).")
         self.step_s = new.histogram("step_seconds", "One step of the engine.", buckets=STEP_S)
         self.batch_size = new.histogram("batch_size", "Sequences in one step.", buckets=COUNT)
@@ -114,11 +111,12 @@ class DecodeMetrics(WorkerMetrics):
         new = self._declaring("decode")
         self.reservations = new.gauge("reservations", "Reservations promised and not committed.")
         self.attempts_fenced = new.counter("attempts_fenced", "Attempts cut off by a newer one or by the stream's end.")
+        self.kv_chunks = new.counter("kv_chunks", "KV chunks that arrived whole: OK, FENCED or INVALID.", "status")
+        self.pairs_ended = new.counter("pairs_ended", "Pairs that have ended, for whatever reason.")
         self.preemptions = new.counter("preemptions", "Running sequences whose blocks went to older ones.")
         self.local_prefills = new.counter("local_prefills", "Prompts computed here, not by a prefill worker.")
         self.first_step_s = new.histogram("first_step_seconds", "KV committed until the second token was known.")
         self.pipeline_active = new.gauge("pipeline_active", "1 while steps run on the attention/FFN pipeline.")
-        self.pipeline_fallbacks = new.counter("pipeline_fallbacks", "Changes to sequential steps, by reason.", "reason")
 
 
 @contextlib.contextmanager

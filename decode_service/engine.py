@@ -350,11 +350,15 @@ class DecodeEngine(EngineLoop):
     def _write(
         self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Callable[[TransferStatus, str], None]
     ) -> None:
+        status, detail = self._judge_and_write(header, payload)
+        self._metrics.kv_chunks.labels(status=status.name).inc()
+        done(status, detail)
+
+    def _judge_and_write(self, header: ChunkHeader, payload: torch.Tensor) -> tuple[TransferStatus, str]:
         """The fence check and the scatter are one step of this thread: nothing can come between them."""
         reservation = self.scheduler.reservations.get(header.key.reservation)
         if reservation is None:
-            done(TransferStatus.FENCED, f"reservation {header.key.reservation} is gone")
-            return
+            return TransferStatus.FENCED, f"reservation {header.key.reservation} is gone"
         status, detail = reservation.judge_chunk(
             header,
             num_layers=self._num_layers,
@@ -366,7 +370,7 @@ class DecodeEngine(EngineLoop):
             self._cache.scatter(header.first_layer, header.num_layers, blocks, payload)
             reservation.record(header)
             self._metrics.kv_bytes.labels(transport=reservation.kv_transport).inc(header.num_bytes)
-        done(status, detail)
+        return status, detail
 
     def _commit(self, pair_id: int, commit: Commit, done: Callable[[TransferStatus, str], None]) -> None:
         reservation = self.scheduler.reservations.get(commit.key.reservation)
@@ -383,6 +387,7 @@ class DecodeEngine(EngineLoop):
             )
 
     def _lose_pair(self, pair_id: int, reason: str) -> None:
+        self._metrics.pairs_ended.inc()
         for reservation in list(self.scheduler.reservations.values()):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
