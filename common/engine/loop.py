@@ -6,6 +6,7 @@ through the callbacks that the calls carry.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections import deque
@@ -46,6 +47,9 @@ class EngineLoop(threading.Thread):
             self.join(timeout_s)
 
     def run(self) -> None:
+        # What exists by now lives as long as the process: collections need not look at it again.
+        gc.collect()
+        gc.freeze()
         try:
             while not self._stopping:
                 if not self.turn():
