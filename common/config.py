@@ -93,7 +93,9 @@ class WorkerConfig(ServiceConfig):
     )
     deterministic: bool = setting(False, "on cuda: kernels whose results do not depend on the batch")
     enforce_eager: bool = setting(False, "on cuda: no CUDA graphs")
-    num_threads: int = setting(0, "torch threads on cpu; 0: torch's own choice", minimum=0)
+    num_threads: int = setting(
+        0, "torch threads; 0: half of the cores, since prefill and decode share them on one machine", minimum=0
+    )
 
     block_size: int = setting(16, "token positions in one KV block; equal on every worker", minimum=1, maximum=256)
     num_blocks: int = setting(0, "KV blocks; 0: as many as fit kv_cache_gib", minimum=0)

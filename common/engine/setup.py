@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -57,8 +58,7 @@ def build(config: WorkerConfig) -> WorkerParts:
 
 
 def _build(config: WorkerConfig) -> WorkerParts:
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // 2))
     device = resolve_device(config.device)
     model_config = ModelConfig.from_folder(config.model)
     dtype = resolve_dtype(config.dtype, model_config, device)
