@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -10,8 +11,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import grpc.aio
 import pytest
+import torch
 
 from common import rpc
+
+# Without a CUDA device, kernels run in Triton's interpreter, which has to be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        from tests.support import interpreter
+
+        interpreter.mend()
 
 AddServicers = Callable[[grpc.aio.Server], None]
 
@@ -55,12 +65,19 @@ def unused_address() -> str:
 
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`process = spawn("-m", "router", ...)`: this Python with those arguments, on pipes, killed when the test ends."""
+    """`process = spawn("-m", "router", ..., NAME=value)`: this Python, on pipes, killed when the test ends."""
     with contextlib.ExitStack() as stack:
 
-        def start(*arguments: str) -> subprocess.Popen[str]:
+        def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
             pipe = subprocess.PIPE
-            process = subprocess.Popen([sys.executable, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                env={**os.environ, **environment},
+            )
             stack.enter_context(process)
             stack.callback(process.kill)
             return process

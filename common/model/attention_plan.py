@@ -46,7 +46,9 @@ class AttentionPlan(NamedTuple):
 
 def plan_attention(batch: ForwardBatch, block_size: int, row_elements: int, dtype: torch.dtype) -> AttentionPlan:
     """The calls that a batch needs. `row_elements` is K * H, `dtype` that of queries and cache."""
-    spans = list(zip(batch.query_start_S1, batch.query_start_S1[1:], strict=False))
+    assert batch.query_starts is not None
+    assert batch.kv_lens is not None
+    spans = list(zip(batch.query_starts, batch.query_starts[1:], strict=False))
     decoding = [seq for seq, (start, end) in enumerate(spans) if end - start == 1]
     groups = group_by_length(decoding, batch.kv_lens, GROUP_BYTES // (2 * row_elements * dtype.itemsize))
     return AttentionPlan(
@@ -78,11 +80,13 @@ def written_rows(batch: ForwardBatch, block_size: int) -> Tensor:
 
 
 def _decode_group(batch: ForwardBatch, group: list[int], block_size: int, dtype: torch.dtype) -> DecodeGroup:
+    assert batch.query_starts is not None
+    assert batch.kv_lens is not None
     kv_len_S, block_table_SP, tokens_S = batch.kv_len_S, batch.block_table_SP, None
     own_rows_S2 = batch.once(written_rows, block_size)
     if len(group) < batch.num_seqs or not batch.decode_only:
         sequences_S = torch.tensor(group, device=kv_len_S.device)
-        tokens_S = torch.tensor([batch.query_start_S1[seq] for seq in group], device=kv_len_S.device)
+        tokens_S = torch.tensor([batch.query_starts[seq] for seq in group], device=kv_len_S.device)
         kv_len_S, block_table_SP, own_rows_S2 = (
             kv_len_S[sequences_S],
             block_table_SP[sequences_S],
@@ -102,6 +106,7 @@ def _decode_group(batch: ForwardBatch, group: list[int], block_size: int, dtype:
 def _prefill_span(
     batch: ForwardBatch, seq: int, start: int, end: int, block_size: int, dtype: torch.dtype
 ) -> PrefillSpan:
+    assert batch.kv_lens is not None
     num_queries, kv_len, device = end - start, batch.kv_lens[seq], batch.kv_len_S.device
     kv_rows_21L = _cache_rows(batch.block_table_SP[seq : seq + 1], kv_len, block_size)
     mask_QL = None

@@ -5,16 +5,17 @@ Shapes: T tokens, S sequences, P blocks of the longest block table, R rows whose
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
+Numbers = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,16 +23,19 @@ class ForwardBatch:
     """A step's input. Prompt chunks and single decode tokens mix freely; each sequence's tokens are consecutive.
 
     A token's KV goes to slot `block * block_size + offset`, and it attends to its sequence's positions up to its own.
-    Tensors are int64 on the model's device; the tuples are the host's copies, so that no stage ever asks the device.
+    Tensors are integers on the model's device; the tuples are the host's copies, so that no stage ever asks the device.
+    A batch that lives on the device alone has no tuples: a CUDA graph replays it. Without `query_start_S1` it has one
+    token a sequence; with it, tokens past the last sequence's are padding, and sequences may have no tokens at all.
     """
 
     token_ids_T: Tensor
     positions_T: Tensor
     slot_mapping_T: Tensor
     # Where each sequence's tokens start, then T.
-    query_start_S1: tuple[int, ...]
-    # Positions in the cache once this batch is written: those before it and its own.
-    kv_lens: tuple[int, ...]
+    query_starts: tuple[int, ...] | None
+    query_start_S1: Tensor | None
+    # Positions in the cache once this batch is written: those before it and its own; 0 for a row that is not in use.
+    kv_lens: tuple[int, ...] | None
     kv_len_S: Tensor
     # Rows are padded at the end with block 0, which is never read through them.
     block_table_SP: Tensor
@@ -43,9 +47,9 @@ class ForwardBatch:
     def build(
         cls,
         *,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        slot_mapping: Sequence[int],
+        token_ids: Numbers,
+        positions: Numbers,
+        slot_mapping: Numbers,
         query_lens: Sequence[int],
         kv_lens: Sequence[int],
         block_tables: Sequence[Sequence[int]],
@@ -58,38 +62,53 @@ class ForwardBatch:
         assert num_seqs == len(kv_lens) == len(block_tables)
         assert min(query_lens) >= 1
         table_width = max(map(len, block_tables))
-        flat = [*token_ids, *positions, *slot_mapping, *kv_lens, *logit_rows]
-        for table in block_tables:
-            flat += table
-            flat += [0] * (table_width - len(table))
-        # Through a buffer: torch.tensor() looks at each number of a list, ten times slower.
-        parts = torch.frombuffer(array("q", flat), dtype=torch.int64).to(device)
-        sizes = [num_tokens] * 3 + [num_seqs, len(logit_rows), num_seqs * table_width]
-        token_ids_T, positions_T, slot_mapping_T, kv_len_S, rows_R, table = parts.split(sizes)
+        query_starts = tuple(accumulate(map(int, query_lens), initial=0))
+        parts: tuple[Numbers, ...] = (token_ids, positions, slot_mapping, query_starts, kv_lens, logit_rows)
+        # Every part begins on 16 bytes: kernels are compiled anew for pointers that do not.
+        sizes = [len(part) + len(part) % 2 for part in parts]
+        host = torch.zeros(sum(sizes) + num_seqs * table_width, dtype=torch.int64)
+        flat, first = host.numpy(), 0
+        for part, size in zip(parts, sizes, strict=True):
+            flat[first : first + len(part)] = part
+            first += size
+        table_SP = flat[first:].reshape(num_seqs, table_width)
+        for row, table in zip(table_SP, block_tables, strict=True):
+            row[: len(table)] = table
+        # From pinned memory the copy is enqueued; from any other the host would wait for what runs before it.
+        words = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        *columns, table = words.split([*sizes, num_seqs * table_width])
+        token_ids_T, positions_T, slot_mapping_T, query_start_S1, kv_len_S, rows_R = (
+            column[: len(part)] for column, part in zip(columns, parts, strict=True)
+        )
+        every_row = len(logit_rows) == num_tokens and list(logit_rows) == list(range(num_tokens))
         return cls(
             token_ids_T=token_ids_T,
             positions_T=positions_T,
             slot_mapping_T=slot_mapping_T,
-            query_start_S1=tuple(accumulate(query_lens, initial=0)),
-            kv_lens=tuple(kv_lens),
+            query_starts=query_starts,
+            query_start_S1=query_start_S1,
+            kv_lens=tuple(map(int, kv_lens)),
             kv_len_S=kv_len_S,
             block_table_SP=table.view(num_seqs, table_width),
-            logit_rows=None if list(logit_rows) == list(range(num_tokens)) else rows_R,
+            logit_rows=None if every_row else rows_R,
         )
 
     @property
     def num_seqs(self) -> int:
-        return len(self.kv_lens)
+        return len(self.kv_len_S)
 
     @property
     def decode_only(self) -> bool:
         """Every sequence has exactly one query token."""
-        return self.query_start_S1[-1] == len(self.kv_lens)
+        if self.query_starts is None:
+            return self.query_start_S1 is None
+        return len(self.token_ids_T) == len(self.kv_len_S)
 
     def once(self, derive: Callable[..., Result], *args: Hashable) -> Result:
         """`derive(self, *args)`, computed for the first layer that asks and remembered for the others.
 
-        Not for a batch whose tensors are overwritten in place between steps: what was derived would be the old step's.
+        A batch whose tensors are overwritten between steps is for one capture of a CUDA graph: the graph replays what
+        was derived along with the rest.
         """
         key = (derive, *args)
         if key not in self._derived:

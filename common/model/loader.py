@@ -11,6 +11,7 @@ from common.errors import InvalidArgument
 from common.model.checkpoint import open_tensors, tensor_files
 from common.model.config import ModelConfig, resolve_dtype
 from common.model.dummy import fill_dummy
+from common.model.operations import Operations
 from common.model.qwen3 import Qwen3ForCausalLM
 
 # Called with (done_bytes, total_bytes).
@@ -31,11 +32,13 @@ def load_model(
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: Progress | None = None,
+    operations: Operations | None = None,
 ) -> Qwen3ForCausalLM:
     """A model ready to run. Weights are allocated once, on the device, and copied out of memory-mapped files.
 
     `load_format` dummy needs config.json alone and fills in noise of `seed`. `dtype` auto is float32 on a CPU and the
-    folder's own elsewhere. `progress(done_bytes, total_bytes)` counts what is read, or for dummy weights written.
+    folder's own elsewhere; `operations` is PyTorch's own by default. `progress(done_bytes, total_bytes)` counts what is
+    read, or for dummy weights written.
 
     Raises:
         InvalidArgument: naming the file, field or tensor at fault; raised before any weight is copied.
@@ -49,11 +52,11 @@ def load_model(
     config = ModelConfig.from_folder(folder)
     model_dtype = resolve_dtype(dtype, config, device)
     if load_format == "dummy":
-        model = Qwen3ForCausalLM(config, dtype=model_dtype, device=device)
+        model = Qwen3ForCausalLM(config, dtype=model_dtype, device=device, operations=operations)
         _fill_with_noise(model, seed, report)
     else:
         files = tensor_files(folder)
-        model = Qwen3ForCausalLM(config, dtype=model_dtype, device=device)
+        model = Qwen3ForCausalLM(config, dtype=model_dtype, device=device, operations=operations)
         total_bytes = _check(model, files)
         _copy_files(model, files, total_bytes, report)
     return model

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.model.attention import paged_attention, write_kv
 from common.model.batch import ForwardBatch
 from common.model.config import ModelConfig
-from common.model.rope import RopeRows, norm_and_rotate_, rope_rows, rope_table
+from common.model.operations import Operations, PlainOperations
+from common.model.rope import rope_table
 
 if TYPE_CHECKING:
     from common.engine.kv_cache import KvCache
@@ -35,7 +35,6 @@ class Activations(NamedTuple):
 
     hidden_TD: Tensor
     residual_TD: Tensor | None
-    rope: RopeRows
 
 
 # Token ids before the first half, logits after the last, activations between.
@@ -56,8 +55,9 @@ class Qwen3Layer:
     Weights are plain tensors: nothing trains here, and nn.Module's attribute lookup would show in a small model's step.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, operations: Operations) -> None:
         hidden, head_dim = config.hidden_size, config.head_dim
+        self.operations = operations
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, head_dim
         self.eps = config.rms_norm_eps
         self.scale = head_dim**-0.5
@@ -70,21 +70,22 @@ class Qwen3Layer:
         self.gate_up_weight = empty_matrix(2 * config.intermediate_size, hidden, dtype, device)
         self.down_weight = empty_matrix(hidden, config.intermediate_size, dtype, device)
 
-    def forward_attention_stage(self, activations: Activations, batch: ForwardBatch, kv_P2BKH: Tensor) -> Activations:
+    def forward_attention_stage(
+        self, activations: Activations, batch: ForwardBatch, kv_P2BKH: Tensor, rope_C2H: Tensor
+    ) -> Activations:
         """Norm, projections, rotary embedding, KV write, attention, output projection."""
-        normed_TD, residual_TD = add_norm(activations, self.attention_norm_D, self.eps)
-        qkv_TEH = F.linear(normed_TD, self.qkv_weight).view(len(normed_TD), -1, self.head_dim)
-        qk_TJH, kv_TEH = qkv_TEH[:, : len(self.qk_norm_JH)], qkv_TEH[:, self.num_heads :]
-        norm_and_rotate_(qk_TJH, self.qk_norm_JH, self.eps, activations.rope)
-        write_kv(kv_TEH.view(-1, 2, self.num_kv_heads, self.head_dim), kv_P2BKH, batch)
-        attended_TNH = paged_attention(qk_TJH[:, : self.num_heads], kv_P2BKH, batch, self.scale)
-        return Activations(F.linear(attended_TNH.flatten(1), self.out_weight), residual_TD, activations.rope)
+        operations = self.operations
+        qkv_TE, residual_TD = operations.add_norm_linear(*activations, self.attention_norm_D, self.eps, self.qkv_weight)
+        qkv_TEH = qkv_TE.view(len(qkv_TE), -1, self.head_dim)
+        q_TNH = operations.norm_rotate_write(qkv_TEH, self.qk_norm_JH, self.eps, rope_C2H, kv_P2BKH, batch)
+        attended_TNH = operations.paged_attention(q_TNH, kv_P2BKH, batch, self.scale)
+        return Activations(operations.linear(attended_TNH.flatten(1), self.out_weight), residual_TD)
 
     def forward_ffn_stage(self, activations: Activations) -> Activations:
         """Norm and the gated FFN."""
-        normed_TD, residual_TD = add_norm(activations, self.ffn_norm_D, self.eps)
-        gate_TF, up_TF = F.linear(normed_TD, self.gate_up_weight).chunk(2, -1)
-        return Activations(F.linear(F.silu(gate_TF).mul_(up_TF), self.down_weight), residual_TD, activations.rope)
+        operations = self.operations
+        gated_TF, residual_TD = operations.add_norm_gated(*activations, self.ffn_norm_D, self.eps, self.gate_up_weight)
+        return Activations(operations.linear(gated_TF, self.down_weight), residual_TD)
 
     def stored_tensors(self, prefix: str) -> Iterator[StoredTensor]:
         """Every tensor of this layer in a checkpoint."""
@@ -111,30 +112,31 @@ class Qwen3Layer:
 class Qwen3Model:
     """Embedding, layers and final norm."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, operations: Operations) -> None:
+        self.operations = operations
         self.embedding_VD = empty_matrix(config.vocab_size, config.hidden_size, dtype, device)
-        self.layers = [Qwen3Layer(config, dtype, device) for _ in range(config.num_layers)]
+        self.layers = [Qwen3Layer(config, dtype, device, operations) for _ in range(config.num_layers)]
         self.norm_D = torch.empty(config.hidden_size, dtype=dtype, device=device)
-        self.rope_C2H = rope_table(config.context_length, config.head_dim, config.rope_theta, dtype, device)
+        rope_dtype = operations.rope_dtype or dtype
+        self.rope_C2H = rope_table(config.context_length, config.head_dim, config.rope_theta, rope_dtype, device)
         self.eps = config.rms_norm_eps
 
     def forward_attention_stage(self, layer: int, state: State, batch: ForwardBatch, kv_cache: KvCache) -> Activations:
         """One layer's attention half. Layer 0 takes token_ids_T and embeds them, the others take activations."""
         if isinstance(state, Tensor):
             assert layer == 0
-            hidden_TD = F.embedding(state, self.embedding_VD)
-            state = Activations(hidden_TD, None, rope_rows(self.rope_C2H, batch.positions_T))
-        return self.layers[layer].forward_attention_stage(state, batch, kv_cache.layers[layer])
+            state = Activations(F.embedding(state, self.embedding_VD), None)
+        return self.layers[layer].forward_attention_stage(state, batch, kv_cache.layers[layer], self.rope_C2H)
 
     def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
         """One layer's FFN half. The last layer computes the wanted rows alone and gives them normalised, hidden_RD."""
         if layer < len(self.layers) - 1:
             return self.layers[layer].forward_ffn_stage(activations)
         if batch.logit_rows is not None:
-            rows_R, (hidden_TD, residual_TD, rope) = batch.logit_rows, activations
+            rows_R, (hidden_TD, residual_TD) = batch.logit_rows, activations
             assert residual_TD is not None
-            activations = Activations(hidden_TD.index_select(0, rows_R), residual_TD.index_select(0, rows_R), rope)
-        return add_norm(self.layers[layer].forward_ffn_stage(activations), self.norm_D, self.eps)[0]
+            activations = Activations(hidden_TD.index_select(0, rows_R), residual_TD.index_select(0, rows_R))
+        return self.operations.add_norm(*self.layers[layer].forward_ffn_stage(activations), self.norm_D, self.eps)[0]
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
         yield StoredTensor("model.embed_tokens.weight", tuple(self.embedding_VD.shape), self.embedding_VD)
@@ -146,11 +148,14 @@ class Qwen3Model:
 class Qwen3ForCausalLM:
     """The whole model with uninitialised weights; `common.model.loader.load_model` fills them."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device, operations: Operations | None = None
+    ) -> None:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.model = Qwen3Model(config, dtype, device)
+        self.operations: Operations = operations or PlainOperations()
+        self.model = Qwen3Model(config, dtype, device, self.operations)
         self.head_VD = self.model.embedding_VD
         if not config.tie_word_embeddings:
             self.head_VD = empty_matrix(config.vocab_size, config.hidden_size, dtype, device)
@@ -179,20 +184,13 @@ class Qwen3ForCausalLM:
     def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
         """One layer's FFN half of one micro-batch: touches no KV. The last layer gives logits_RV (float32)."""
         state = self.model.forward_ffn_stage(layer, activations, batch)
-        return F.linear(state, self.head_VD).float() if isinstance(state, Tensor) else state
+        return self.operations.logits(state, self.head_VD) if isinstance(state, Tensor) else state
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
         """Every tensor that a checkpoint of this model has, under its Hugging Face name."""
         yield from self.model.stored_tensors()
         if not self.config.tie_word_embeddings:
             yield StoredTensor("lm_head.weight", tuple(self.head_VD.shape), self.head_VD)
-
-
-def add_norm(activations: Activations, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Adds the pending half to the residual stream; returns (normed_TD, residual_TD)."""
-    hidden_TD, residual_TD, _ = activations
-    residual_TD = hidden_TD if residual_TD is None else residual_TD + hidden_TD
-    return F.rms_norm(residual_TD, weight_D.shape, weight_D, eps), residual_TD
 
 
 def empty_matrix(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.model.batch import ForwardBatch
+
 
 class RopeRows(NamedTuple):
     """Cosines, and sines whose first half is negated, of a batch's positions; gathered once for all layers."""
@@ -28,8 +30,8 @@ def rope_table(context_length: int, head_dim: int, theta: float, dtype: torch.dt
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).to(dtype)
 
 
-def rope_rows(table_C2H: Tensor, positions_T: Tensor) -> RopeRows:
-    cos_TH, sin_TH = table_C2H.index_select(0, positions_T).unbind(1)
+def rope_rows(batch: ForwardBatch, table_C2H: Tensor) -> RopeRows:
+    cos_TH, sin_TH = table_C2H.index_select(0, batch.positions_T).unbind(1)
     return RopeRows(cos_TH.unsqueeze(1), sin_TH.unsqueeze(1))
 
 

@@ -43,7 +43,7 @@ def naive_attention(q_TNH: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch) -> Ten
     """One token and one head at a time, in float64, straight from the definition."""
     out_TNH = torch.empty(q_TNH.shape, dtype=torch.float64)
     for seq in range(batch.num_seqs):
-        for token in range(*batch.query_start_S1[seq : seq + 2]):
+        for token in range(*batch.query_starts[seq : seq + 2]):
             positions = range(int(batch.positions_T[token]) + 1)
             cached = [kv_P2BKH[batch.block_table_SP[seq, p // B], :, p % B].double() for p in positions]
             k_LKH, v_LKH = torch.stack(cached, 1)
