@@ -7,6 +7,10 @@ PROMPT ?= The for statement is used to
 # Passed on to pytest and to the benchmarks: `make test ARGS="-k health"`.
 ARGS ?=
 
+# What a GPU needs as well, where there is one.
+comma := ,
+EXTRAS := test$(if $(wildcard /dev/nvidiactl),$(comma)gpu)
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -24,7 +28,7 @@ $(INSTALLED): pyproject.toml hatch_build.py $(wildcard protos/pdserve/v1/*.proto
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pdserve needs Python 3.11 or later: make install PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: minutes the first time, seconds later"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[test]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]'
 	@touch $@
 
 run: install ## three services up, one prompt through all of them, and down again (PROMPT=...)
@@ -49,8 +53,10 @@ test-slow: install ## the slow tests that need no GPU
 test-all: install ## both
 	$(BIN)/pytest -q -m "not gpu" $(ARGS)
 
-test-gpu: install ## tests that need a CUDA device
-	$(BIN)/pytest -q -m gpu $(ARGS)
+test-gpu: install ## tests that need a CUDA device, and on it the engine's, the kernels' and the services' own
+	PDSERVE_TEST_DEVICE=cuda $(BIN)/pytest -q -m gpu $(ARGS)
+	PDSERVE_TEST_DEVICE=cuda $(BIN)/pytest -q -m "not slow" tests/common/kernels tests/decode_service \
+	    tests/integration/test_serving.py $(ARGS)
 
 bench: install ## benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)

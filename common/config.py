@@ -17,6 +17,8 @@ from common.settings import ConfigError, load, setting, validate
 __all__ = ["ConfigError", "DecodeConfig", "PrefillConfig", "RouterConfig", "ServiceConfig", "WorkerConfig", "load"]
 
 TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny")
+# Ways of KV from one worker to another, best first; `common.transport.transports` describes them.
+KV_TRANSPORTS = ("cuda-ipc", "nccl", "gloo")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -83,9 +85,7 @@ class WorkerConfig(ServiceConfig):
         "auto", "auto: weights from the folder; dummy: seeded random weights", choices=("auto", "dummy")
     )
     seed: int = setting(0, "seed of dummy weights; equal on every worker", minimum=0)
-    device: str = setting(
-        "auto", "cpu; auto: the same. CUDA devices are refused: the KV transport stages in host memory"
-    )
+    device: str = setting("auto", "cpu, cuda or cuda:N; auto: cuda:0 where there is one, else cpu")
     dtype: str = setting(
         "auto",
         "of weights and KV; auto: the model's own on cuda, float32 on cpu",
@@ -98,8 +98,14 @@ class WorkerConfig(ServiceConfig):
     )
 
     block_size: int = setting(16, "token positions in one KV block; equal on every worker", minimum=1, maximum=256)
-    num_blocks: int = setting(0, "KV blocks; 0: as many as fit kv_cache_gib", minimum=0)
-    kv_cache_gib: float = setting(1.0, "memory for KV blocks in GiB, when num_blocks is 0", above=0)
+    num_blocks: int = setting(0, "KV blocks; 0: as many as fit kv_cache_gib or gpu_memory_fraction", minimum=0)
+    kv_cache_gib: float = setting(1.0, "on cpu: memory for KV blocks in GiB, when num_blocks is 0", above=0)
+    gpu_memory_fraction: float = setting(
+        0.45,
+        "on cuda: share of the device's memory for all of this worker; two workers fit on one device",
+        above=0,
+        maximum=1,
+    )
     prefix_cache: bool = setting(True, "keep the blocks of finished sequences for prompts that begin alike")
 
     max_batch_tokens: int = setting(2048, "prompt tokens computed in one step, over all prompts", minimum=1)
@@ -107,11 +113,17 @@ class WorkerConfig(ServiceConfig):
     max_waiting_requests: int = setting(1024, "requests that may wait; one more is RESOURCE_EXHAUSTED", minimum=1)
 
     kv_interface: str = setting("127.0.0.1", "address or host name of the one interface that KV transfer binds")
+    kv_transports: tuple[str, ...] = setting(
+        KV_TRANSPORTS,
+        "ways that KV may take between workers; a pair takes the first of prefill's that works between the two",
+        choices=KV_TRANSPORTS,
+    )
     max_chunk_bytes: int = setting(
-        4 * 2**20,
-        "largest KV payload shipped at once, in bytes; gloo survives a dead peer only up to 4 MiB",
-        minimum=4096,
-        maximum=4 * 2**20,
+        0,
+        "largest KV payload shipped at once, in bytes, at least 4096; 0: 4 MiB over gloo, which never takes more, and "
+        "16 MiB over the others",
+        minimum=0,
+        maximum=256 * 2**20,
     )
     staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=1024)
 
@@ -121,6 +133,8 @@ class WorkerConfig(ServiceConfig):
         super().__post_init__()
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device={self.device!r}: expected auto, cpu, cuda or cuda:N")
+        if 0 < self.max_chunk_bytes < 4096:
+            raise ConfigError(f"max_chunk_bytes={self.max_chunk_bytes}: expected 0 or at least 4096")
         if not self.block_size <= self.max_batch_tokens:
             raise ConfigError(
                 f"max_batch_tokens={self.max_batch_tokens}: expected at least block_size={self.block_size}"

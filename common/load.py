@@ -33,7 +33,7 @@ class Load(NamedTuple):
 
 
 class StepTimer:
-    """Context manager around a step: total and exponentially weighted mean of its duration."""
+    """Total and exponentially weighted mean of the duration of steps. As a context manager it times one itself."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -43,12 +43,16 @@ class StepTimer:
         self.total_ms = 0.0
         self.num_steps = 0
 
+    def record(self, seconds: float) -> None:
+        """A step took this long."""
+        self.last_ms = seconds * 1e3
+        self.mean_ms = self.last_ms if not self.num_steps else self.mean_ms + NEWEST * (self.last_ms - self.mean_ms)
+        self.total_ms += self.last_ms
+        self.num_steps += 1
+
     def __enter__(self) -> StepTimer:
         self._started_s = self._clock()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.last_ms = (self._clock() - self._started_s) * 1e3
-        self.mean_ms = self.last_ms if not self.num_steps else self.mean_ms + NEWEST * (self.last_ms - self.mean_ms)
-        self.total_ms += self.last_ms
-        self.num_steps += 1
+        self.record(self._clock() - self._started_s)

@@ -119,3 +119,8 @@ def _require(holds: bool, field: str, value: object, limit: str) -> None:
 def _require_token(field: str, token_id: int, vocab_size: int) -> None:
     limit = f"token ids below the vocabulary size {vocab_size}"
     _require(0 <= token_id < vocab_size, field, token_id, limit)
+
+
+def is_special(params: SamplingParams, min_tokens: int, num_logprobs: int | None) -> bool:
+    """More is asked than temperature and truncation: edited logits, or log-probabilities."""
+    return bool(params.has_penalties or params.logit_bias or min_tokens) or num_logprobs is not None

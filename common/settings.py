@@ -189,7 +189,8 @@ def _parser(cls: type) -> _Parser:
         if expected is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
         elif typing.get_origin(expected) is tuple:
-            parser.add_argument(flag, action="append", metavar="HOST:PORT", help=help + "; repeatable")
+            metavar = "{" + ",".join(meta.choices) + "}" if meta.choices else "HOST:PORT"
+            parser.add_argument(flag, action="append", metavar=metavar, help=help + "; repeatable")
         else:
             metavar = (
                 "{" + ",".join(meta.choices) + "}"

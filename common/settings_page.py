@@ -69,11 +69,11 @@ def _default(value: Any) -> str:
 
 
 def _allowed(declared: Any, kind: Any) -> str:
+    repeatable = ", repeatable" if typing.get_origin(kind) is tuple else ""
     if declared.choices:
-        return ", ".join(f"`{choice}`" for choice in declared.choices)
+        return ", ".join(f"`{choice}`" for choice in declared.choices) + repeatable
     if declared.form:
-        address = ADDRESS[declared.form]
-        return f"{address}, repeatable" if typing.get_origin(kind) is tuple else address
+        return ADDRESS[declared.form] + repeatable
     if kind is bool:
         return "`true`, `false`"
     bounds = [

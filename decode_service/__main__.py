@@ -17,6 +17,7 @@ async def run(config: DecodeConfig) -> None:
     """Serves until told to stop."""
     parts = await asyncio.to_thread(build, config)
     worker = DecodeWorker(config, parts)
+    await asyncio.to_thread(worker.prepare)
     worker.start()
     try:
         await serve(

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 
 from common.clock import Clock
-from common.engine.batches import decode_batch
 from common.engine.kv_cache import KvCache
+from common.engine.kv_writer import KvWriter
 from common.engine.loop import EngineLoop
-from common.engine.prefiller import FirstToken, Prefiller, add_to_state
-from common.engine.sampler import NonFiniteLogits, Sampler
-from common.engine.sampling_state import SamplingState
+from common.engine.prefiller import FirstToken, Prefiller
+from common.engine.sampler import NonFiniteLogits
 from common.errors import Internal, PdserveError
 from common.load import Load, StepTimer
 from common.metrics import DecodeMetrics
@@ -22,8 +21,10 @@ from common.model.config import ModelConfig
 from common.params import TokenLogprob
 from common.sequence import Sequence
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
+from common.transport.receiving import Done
 from decode_service.pipeline import PipelineScheduler
 from decode_service.reservations import Reservation, State, Verdict
+from decode_service.runner import DecodeRunner, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan
 
 
@@ -78,10 +79,10 @@ class DecodeEngine(EngineLoop):
         scheduler: DecodeScheduler,
         prefiller: Prefiller,
         pipeline: PipelineScheduler,
+        runner: DecodeRunner,
         cache: KvCache,
         *,
         config: ModelConfig,
-        context_length: int,
         stream_interval_s: float,
         clock: Clock,
         metrics: DecodeMetrics,
@@ -89,22 +90,24 @@ class DecodeEngine(EngineLoop):
         on_load: Callable[[Load], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        super().__init__("decode-engine", on_crash=on_crash)
+        super().__init__("decode-engine", device=cache.device, on_crash=on_crash)
         self.scheduler = scheduler
         self.pipeline = pipeline
+        self.runner = runner
         self._prefiller = prefiller
         self._cache = cache
+        self._writer = KvWriter(cache)
         self._num_layers = config.num_layers
-        self._context_length = context_length
-        self._device = cache.device
         self._clock = clock
         self._on_events = on_events
         self._on_load = on_load
         self._metrics = metrics
         # Tells a pair's sender to stop working for an attempt.
         self.on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
-        self._sampler = Sampler()
-        self._state = SamplingState(scheduler.max_num_seqs, config.vocab_size, cache.device)
+        self.num_in_flight = 0
+        self._landed_s = 0.0
+        # Where steps outrun the host, somebody has to wait for their tokens, and it is not this thread.
+        self._reader = StepReader(self._land_later) if runner.max_in_flight > 1 else None
         self._stream_interval_s = stream_interval_s
         self._events: list[tuple[Sequence, Event]] = []
         self._is_urgent = False
@@ -115,20 +118,29 @@ class DecodeEngine(EngineLoop):
         self.transport_of: Callable[[int], str] = lambda pair_id: ""
 
     def has_work(self) -> bool:
-        return self.scheduler.can_step
+        return self.num_in_flight < self.runner.max_in_flight and self.scheduler.can_step
+
+    def waits_for_device(self) -> bool:
+        return self.num_in_flight > 0 and not self.has_work()
 
     def step(self) -> None:
         plan = self.scheduler.schedule()
         self._announce(plan)
-        with self._step_timer:
-            if plan.chunks:
-                self._prefill(plan)
-            if plan.decoding:
-                self._decode(plan.decoding)
-        self._metrics.step_s.observe(self._step_timer.last_ms / 1e3)
+        if plan.chunks:
+            self._prefill(plan)
+        if plan.decoding:
+            # A local prefill cannot end a running sequence, so the plan still holds.
+            self._launch(plan.decoding)
 
     def idle(self) -> None:
-        self._announce(self.scheduler.schedule())
+        # With steps in flight the next one is near, and it schedules.
+        if not self.num_in_flight:
+            self._announce(self.scheduler.schedule())
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        super().stop(timeout_s)
+        if self._reader is not None:
+            self._reader.stop()
 
     def publish(self) -> None:
         self._publish_events()
@@ -182,12 +194,10 @@ class DecodeEngine(EngineLoop):
     def attempt_begun(self, pair_id: int, key: AttemptKey) -> None:
         self.submit(partial(self._begin, pair_id, key))
 
-    def chunk_landed(
-        self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Callable[[TransferStatus, str], None]
-    ) -> None:
+    def chunk_landed(self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Done) -> None:
         self.submit(partial(self._write, pair_id, header, payload, done))
 
-    def commit_received(self, pair_id: int, commit: Commit, done: Callable[[TransferStatus, str], None]) -> None:
+    def commit_received(self, pair_id: int, commit: Commit, done: Done) -> None:
         self.submit(partial(self._commit, pair_id, commit, done))
 
     def attempt_abandoned(self, pair_id: int, key: AttemptKey) -> None:
@@ -211,6 +221,7 @@ class DecodeEngine(EngineLoop):
         if reservation is not None:
             pair_id, key = reservation.pair_id, reservation.key
             if self.scheduler.retry(reservation, attempt, local=local):
+                self._writer.join()
                 self._prefiller.forget(sequence)
                 self._tell_gone(pair_id, key)
 
@@ -235,6 +246,8 @@ class DecodeEngine(EngineLoop):
             detail = "its KV blocks went to older sequences"
             self._tell(reservation.sequence, Lost(reservation.attempt, True, detail))
             self._metrics.preemptions.inc()
+        if plan.reserved:
+            self._writer.blocks_reserved()
         for reservation in plan.reserved:
             cached = reservation.num_cached_blocks * self.scheduler.pool.block_size
             queue_ms = (self._clock() - reservation.queued_s) * 1e3
@@ -246,7 +259,8 @@ class DecodeEngine(EngineLoop):
     def _prefill(self, plan: Plan) -> None:
         started = self._clock()
         first_tokens = self._prefiller.run(plan.chunks, self.tick)
-        elapsed_ms = (self._clock() - started) * 1e3
+        self._step_timer.record(self._clock() - started)
+        elapsed_ms = self._step_timer.last_ms
         for chunk in plan.chunks:
             self._reservation_of[chunk.sequence].local_prefill_ms += elapsed_ms
         self._metrics.computed_tokens.inc(sum(chunk.end - chunk.start for chunk in plan.chunks))
@@ -258,24 +272,49 @@ class DecodeEngine(EngineLoop):
             else:
                 self._join(reservation, first_token)
 
-    def _decode(self, decoding: list[Reservation]) -> None:
-        # A local prefill cannot end a running sequence, so the plan still holds.
-        sequences = [reservation.sequence for reservation in decoding]
-        batch = decode_batch(sequences, block_size=self.scheduler.pool.block_size, device=self._device)
-        logits_SV = self.pipeline.decode_token(batch)
-        slots = [reservation.slot for reservation in decoding]
+    def _launch(self, decoding: list[Reservation]) -> None:
+        launched_s = self._clock()
+        step = self.runner.launch(decoding)
+        for reservation in decoding:
+            self.scheduler.launched(reservation)
+        self.num_in_flight += 1
+        if self._reader is None:
+            self._land(step, launched_s)
+        else:
+            self._reader.watch(step, launched_s)
+
+    def _land_later(self, step: Step, launched_s: float) -> None:
+        """Called by the reader once the step's tokens are on the host."""
+        self.submit(partial(self._land, step, launched_s))
+
+    def _land(self, step: Step, launched_s: float) -> None:
+        self.num_in_flight -= 1
+        self.tick()
         faulty: tuple[int, ...] = ()
         try:
-            sampled = self._sampler.sample(logits_SV, self._state, slots, batch.positions_T + 1)
+            sampled = step.read()
         except NonFiniteLogits as error:
             sampled, faulty = error.sampled, error.rows
-        self._metrics.batch_size.observe(len(decoding))
-        self._metrics.output_tokens.inc(len(decoding))
         now = self._clock()
+        # A step that was launched behind another began when that one ended.
+        seconds = now - max(launched_s, self._landed_s)
+        self._landed_s = now
+        self._step_timer.record(seconds)
+        # Ended or preempted since it was launched: the token is nobody's.
+        num_tokens = sum(_is_running(reservation, attempt) for reservation, attempt in step.rows)
+        self.pipeline.record_step(seconds, num_tokens)
+        self._metrics.step_s.observe(seconds)
+        self._metrics.batch_size.observe(len(step.rows))
+        self._metrics.output_tokens.inc(num_tokens)
         for row in faulty:
-            self._fail(decoding[row], Internal("the model's logits hold NaN or infinity", reason="NON_FINITE_LOGITS"))
-        for reservation, token_id, logprob in zip(decoding, sampled.token_ids, sampled.logprobs, strict=True):
-            if reservation.state is State.ENDED:
+            reservation, attempt = step.rows[row]
+            if _is_running(reservation, attempt):
+                error_ = Internal("the model's logits hold NaN or infinity", reason="NON_FINITE_LOGITS")
+                self._fail(reservation, error_)
+        for (reservation, attempt), token_id, logprob in zip(
+            step.rows, sampled.token_ids, sampled.logprobs, strict=True
+        ):
+            if not _is_running(reservation, attempt):
                 continue
             self.scheduler.advance(reservation, token_id)
             if not reservation.first_decode_ms:
@@ -285,7 +324,6 @@ class DecodeEngine(EngineLoop):
 
     def _join(self, reservation: Reservation, first_token: FirstToken) -> None:
         self.scheduler.commit(reservation, first_token.token_id)
-        add_to_state(self._state, reservation.slot, reservation.sequence)
         self._put_out(reservation, Token(*first_token))
 
     def _put_out(self, reservation: Reservation, token: Token) -> None:
@@ -294,7 +332,7 @@ class DecodeEngine(EngineLoop):
         stopping = sequence.request.stopping
         if token.token_id in sequence.stop_token_ids and sequence.num_output_tokens >= max(stopping.min_tokens, 1):
             self._complete(reservation, by_length=False, stop_token_id=token.token_id)
-        elif sequence.num_output_tokens >= stopping.max_tokens or sequence.num_tokens >= self._context_length:
+        elif sequence.num_output_tokens >= stopping.max_tokens or sequence.num_tokens >= self.scheduler.context_length:
             self._complete(reservation, by_length=True, stop_token_id=None)
 
     def _complete(self, reservation: Reservation, *, by_length: bool, stop_token_id: int | None) -> None:
@@ -330,8 +368,11 @@ class DecodeEngine(EngineLoop):
     def _release(self, reservation: Reservation) -> None:
         """Drops what the engine keeps beside the scheduler's books."""
         if reservation.slot >= 0:
-            self._state.remove(reservation.slot)
+            self.runner.leave(reservation)
             reservation.slot = -1
+        else:
+            # Its blocks may have been in the middle of being written.
+            self._writer.join()
         self._prefiller.forget(reservation.sequence)
 
     def _tell_gone(self, pair_id: int | None, key: AttemptKey) -> None:
@@ -347,32 +388,31 @@ class DecodeEngine(EngineLoop):
             reservation.pair_id = pair_id
             reservation.kv_transport = self.transport_of(pair_id)
 
-    def _write(
-        self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Callable[[TransferStatus, str], None]
-    ) -> None:
-        status, detail = self._judge_and_write(header, payload)
-        self._metrics.kv_chunks.labels(status=status.name).inc()
-        done(status, detail)
-
-    def _judge_and_write(self, header: ChunkHeader, payload: torch.Tensor) -> tuple[TransferStatus, str]:
+    def _write(self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Done) -> None:
         """The fence check and the scatter are one step of this thread: nothing can come between them."""
         reservation = self.scheduler.reservations.get(header.key.reservation)
+        status, detail = self._judge(header, reservation)
+        still_read = None
+        if reservation is not None and status is TransferStatus.OK:
+            blocks = reservation.sequence.block_table[header.first_block : header.first_block + header.num_blocks]
+            still_read = self._writer.write(header.first_layer, header.num_layers, blocks, payload)
+            reservation.record(header)
+            self._metrics.kv_bytes.labels(transport=reservation.kv_transport).inc(header.num_bytes)
+        self._metrics.kv_chunks.labels(status=status.name).inc()
+        done(status, detail, still_read)
+
+    def _judge(self, header: ChunkHeader, reservation: Reservation | None) -> tuple[TransferStatus, str]:
+        """May this chunk be written?"""
         if reservation is None:
             return TransferStatus.FENCED, f"reservation {header.key.reservation} is gone"
-        status, detail = reservation.judge_chunk(
+        return reservation.judge_chunk(
             header,
             num_layers=self._num_layers,
             block_bytes=self._cache.block_bytes,
             num_blocks=self.scheduler.num_prompt_blocks(reservation),
         )
-        if status is TransferStatus.OK:
-            blocks = reservation.sequence.block_table[header.first_block : header.first_block + header.num_blocks]
-            self._cache.scatter(header.first_layer, header.num_layers, blocks, payload)
-            reservation.record(header)
-            self._metrics.kv_bytes.labels(transport=reservation.kv_transport).inc(header.num_bytes)
-        return status, detail
 
-    def _commit(self, pair_id: int, commit: Commit, done: Callable[[TransferStatus, str], None]) -> None:
+    def _commit(self, pair_id: int, commit: Commit, done: Done) -> None:
         reservation = self.scheduler.reservations.get(commit.key.reservation)
         if reservation is None:
             done(TransferStatus.FENCED, f"reservation {commit.key.reservation} is gone")
@@ -382,6 +422,7 @@ class DecodeEngine(EngineLoop):
         )
         done(status, detail)
         if status is TransferStatus.OK:
+            self._writer.join()
             self._join(
                 reservation, FirstToken(commit.first_token_id, commit.first_token_logprob, commit.prompt_logprobs)
             )
@@ -392,3 +433,7 @@ class DecodeEngine(EngineLoop):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
                 self._tell(reservation.sequence, Lost(reservation.attempt, False, reason))
+
+
+def _is_running(reservation: Reservation, attempt: int) -> bool:
+    return reservation.state is State.RUNNING and reservation.attempt == attempt

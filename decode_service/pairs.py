@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import grpc.aio
 
 from common.config import DecodeConfig
 from common.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, PdserveError, Unavailable
-from common.transport.authentication import Credentials, authenticate, new_token
-from common.transport.backends import BACKENDS
-from common.transport.group import DECODE_RANK, MAX_RENDEZVOUS_BYTES, Join, PairGroup
+from common.transport.authentication import Credentials, new_token
+from common.transport.group import DECODE_RANK, MAX_RENDEZVOUS_BYTES, PairGroup
+from common.transport.limits import chunk_bytes
+from common.transport.meeting import Meeting
 from common.transport.messages import AttemptKey, FromDecode, PairHello, PairIdentity, PairWelcome
 from common.transport.outbox import Outbox
 from common.transport.receiving import KvSink, ReceivingPair
+from common.transport.transports import Choice, Transports, name_of
 from common.transport.wire import request_from_proto, response_to_proto
 from pdserve.v1 import decode_pb2
 
@@ -47,12 +49,12 @@ class PairServer:
         sink: KvSink,
         config: DecodeConfig,
         *,
-        backends: Mapping[str, Join] = BACKENDS,
+        transports: Transports,
     ) -> None:
         self._identity = identity
         self._sink = sink
         self._config = config
-        self._backends = backends
+        self._transports = transports
         self._num_made = 0
         self._closed = ""
         self._members: dict[str, _Member] = {}
@@ -86,31 +88,30 @@ class PairServer:
             Unavailable: the process group could not be made, or a newer hello of the same worker came.
         """
         hello = await self._read_hello(requests)
-        transport = self._check(hello)
+        choice = self._check(hello)
         worker = hello.identity.worker
         member = self._enter(hello.identity)
-        joining = self._backends[transport](DECODE_RANK, interface=self._config.kv_interface, timeout_s=HANDSHAKE_S)
+        meeting = Meeting(DECODE_RANK, self._transports, interface=self._config.kv_interface, timeout_s=HANDSHAKE_S)
         try:
             credentials = Credentials(new_token(), hello.identity.boot_id, self._identity.boot_id)
             welcome = PairWelcome(
                 worker=self._identity.worker,
                 boot_id=self._identity.boot_id,
                 token=credentials.token,
-                transport=transport,
-                rendezvous=await joining.rendezvous(),
+                transport=choice.label,
+                rendezvous=await meeting.rendezvous(),
                 num_credits=self._config.staging_chunks,
-                max_chunk_bytes=self._config.max_chunk_bytes,
+                max_chunk_bytes=self._max_chunk_bytes(choice),
             )
             yield response_to_proto(welcome)
-            group = await joining.connect(hello.rendezvous)
-            await asyncio.to_thread(authenticate, group, DECODE_RANK, credentials, timeout_s=HANDSHAKE_S)
+            group = await meeting.connect(hello.rendezvous, choice.label, credentials)
             if self._members.get(worker) is not member:
                 raise Unavailable(self._closed or f"a newer hello of {worker} came while this one was being answered")
         except BaseException:
-            joining.cancel()
+            meeting.cancel()
             self._leave(worker, member)
             raise
-        async with contextlib.aclosing(self._serve(worker, member, group, requests)) as responses:
+        async with contextlib.aclosing(self._serve(worker, member, group, choice, requests)) as responses:
             async for response in responses:
                 yield response
 
@@ -128,6 +129,7 @@ class PairServer:
         worker: str,
         member: _Member,
         group: PairGroup,
+        choice: Choice,
         requests: AsyncIterator[decode_pb2.ConnectPairRequest],
     ) -> AsyncGenerator[decode_pb2.ConnectPairResponse, None]:
         self._num_made += 1
@@ -144,12 +146,12 @@ class PairServer:
             group,
             self._sink,
             num_slots=self._config.staging_chunks,
-            max_chunk_bytes=self._config.max_chunk_bytes,
+            max_chunk_bytes=self._max_chunk_bytes(choice),
             post=outbox.post,
             on_end=on_end,
         )
         del group
-        log.info("pair %d with %s over %s", pair_id, worker, pair.transport)
+        log.info("pair %d with %s over %s", pair_id, worker, choice)
         self._pairs[pair_id] = member.pair = pair
         reader = asyncio.create_task(self._read(requests, pair))
         try:
@@ -194,7 +196,7 @@ class PairServer:
             )
         return hello
 
-    def _check(self, hello: PairHello) -> str:
+    def _check(self, hello: PairHello) -> Choice:
         """The transport to use."""
         own, peer = self._identity, hello.identity
         for what, field in (
@@ -209,15 +211,19 @@ class PairServer:
                     field=f"hello.{field}",
                     reason=f"{field.upper()}_MISMATCH",
                 )
-        for transport in hello.transports:
-            if transport in self._backends:
-                return transport
-        raise FailedPrecondition(
-            f"no common transport: prefill worker {peer.worker} has {_list(hello.transports)}, "
-            f"decode worker {own.worker} has {_list(self._backends)}",
-            field="hello.transports",
-            reason="TRANSPORT_MISMATCH",
-        )
+        choice = self._transports.choose(hello.transports)
+        if choice is None:
+            names = ", ".join(map(name_of, hello.transports)) or "none"
+            raise FailedPrecondition(
+                f"no common transport: prefill worker {peer.worker} has {names}, "
+                f"decode worker {own.worker} has {', '.join(self._transports.names)}",
+                field="hello.transports",
+                reason="TRANSPORT_MISMATCH",
+            )
+        return choice
+
+    def _max_chunk_bytes(self, choice: Choice) -> int:
+        return chunk_bytes(name_of(choice.label), self._config.max_chunk_bytes)
 
     def _enter(self, peer: PairIdentity) -> _Member:
         """The newest hello of a worker counts: it ends the pair of an older one, of this boot or of an earlier."""
@@ -242,7 +248,3 @@ class PairServer:
     def _leave(self, worker: str, member: _Member) -> None:
         if self._members.get(worker) is member:
             del self._members[worker]
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,6 +13,10 @@ from common.engine.kv_cache import KvCache
 from common.errors import FailedPrecondition
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Activations, Qwen3ForCausalLM
+from decode_service.graphs import StepGraphs
+
+# Takes a step's logits: draws the tokens, where that belongs to the step.
+Finish = Callable[[torch.Tensor], None]
 
 
 class Mode(Enum):
@@ -62,15 +67,43 @@ class PipelineScheduler:
         self._num_profiled = 0
         self._attention_s = 0.0
         self._ffn_s = 0.0
+        self._graphs: StepGraphs | None = None
 
-    def decode_token(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits (fp32, [sequences, vocab]) of the next token of every sequence in the batch."""
-        started = time.perf_counter()
+    def decode_token(self, batch: ForwardBatch, finish: Finish | None = None) -> torch.Tensor:
+        """Logits (fp32, [sequences, vocab]) of the next token of every sequence in the batch, and `finish` on them.
+
+        Replays the graph that `capture` made for a batch of this size, if there is one. On a GPU this enqueues.
+        """
+        if self._graphs is not None and not self.profiling:
+            logits_SV = self._graphs.replay(batch.num_seqs)
+            if logits_SV is not None:
+                return logits_SV
         logits_SV = self._profiled_step(batch) if self.profiling else self._model.forward(batch, self._cache)
-        self._total_s += time.perf_counter() - started
-        self._num_steps += 1
-        self._total_tokens += len(logits_SV)
+        if finish is not None:
+            finish(logits_SV)
         return logits_SV
+
+    def capture(self, new_batch: Callable[[], ForwardBatch], finish: Finish) -> None:
+        """Captures a step as a CUDA graph. `new_batch` gives a batch over the tensors that the graph will read."""
+
+        def step() -> torch.Tensor:
+            batch = new_batch()
+            logits_SV = self._model.forward(batch, self._cache)
+            finish(logits_SV)
+            return logits_SV
+
+        self._graphs = self._graphs or StepGraphs()
+        self._graphs.capture(new_batch().num_seqs, step)
+
+    @property
+    def num_graphs(self) -> int:
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def record_step(self, seconds: float, num_tokens: int) -> None:
+        """A step has ended."""
+        self._total_s += seconds
+        self._num_steps += 1
+        self._total_tokens += num_tokens
 
     def configure(
         self, *, mode: Mode | None, attention_sm: int | None, ffn_sm: int | None, profiling: bool | None
@@ -112,17 +145,24 @@ class PipelineScheduler:
 
     @property
     def _reason(self) -> str:
-        return "NO_SM_PARTITIONS"
+        has_plain_kernels = self._cache.device.type == "cuda" and not self._model.operations.replayable
+        return "PLAIN_KERNELS" if has_plain_kernels else "NO_SM_PARTITIONS"
 
     def _profiled_step(self, batch: ForwardBatch) -> torch.Tensor:
         state: Activations | torch.Tensor = batch.token_ids_T
         for layer in range(self._model.config.num_layers):
-            started = time.perf_counter()
+            started = self._now()
             attended = self._model.forward_attention_stage(layer, state, batch, self._cache)
-            middle = time.perf_counter()
+            middle = self._now()
             state = self._model.forward_ffn_stage(layer, attended, batch)
             self._attention_s += middle - started
-            self._ffn_s += time.perf_counter() - middle
+            self._ffn_s += self._now() - middle
         self._num_profiled += 1
         assert isinstance(state, torch.Tensor), "the last FFN stage gives logits"
         return state
+
+    def _now(self) -> float:
+        """Once the device has done what it was asked for so far."""
+        if self._cache.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return time.perf_counter()

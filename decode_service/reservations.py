@@ -72,6 +72,8 @@ class Reservation:
     first_decode_ms: float = 0.0
     # Slot in the sampling state while running.
     slot: int = -1
+    # Steps that have been launched and not read: tokens that the host does not know yet.
+    num_in_flight: int = 0
 
     @property
     def key(self) -> AttemptKey:
@@ -88,6 +90,7 @@ class Reservation:
     def begin_attempt(self) -> None:
         """Mints the next attempt; whatever the last one was doing is fenced off from here on."""
         self.attempt += 1
+        self.num_in_flight = 0
         self.state = State.FILLING
         self.pair_id = None
         self.landed = set()

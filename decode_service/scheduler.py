@@ -46,6 +46,7 @@ class DecodeScheduler:
     max_batch_tokens: int
     max_waiting: int
     reservation_wait_s: float
+    context_length: int
     clock: Clock
     reservations: dict[int, Reservation] = field(default_factory=dict)
     _waiting: OrderedDict[int, Reservation] = field(default_factory=OrderedDict)
@@ -79,7 +80,9 @@ class DecodeScheduler:
     @property
     def can_step(self) -> bool:
         """A step would compute something."""
-        return bool(self._running) or any(reservation.local for reservation in self._filling.values())
+        return any(map(self._wants_step, self._running.values())) or any(
+            reservation.local for reservation in self._filling.values()
+        )
 
     def open(self, sequence: Sequence, *, local: bool) -> Reservation:
         """Queues a new reservation.
@@ -141,7 +144,11 @@ class DecodeScheduler:
         reserved = self._admit()
         local = [reservation.sequence for reservation in self._filling.values() if reservation.local]
         chunks = plan_chunks(local, max_batch_tokens=self.max_batch_tokens, block_size=self.pool.block_size)
-        return Plan(reserved, preempted, failed, chunks, list(self._running.values()))
+        return Plan(reserved, preempted, failed, chunks, list(filter(self._wants_step, self._running.values())))
+
+    def launched(self, reservation: Reservation) -> None:
+        """A step that computes its next token is on its way."""
+        reservation.num_in_flight += 1
 
     def commit(self, reservation: Reservation, first_token: int) -> None:
         """All KV of its tokens is here: publishes the prefix and joins the batch."""
@@ -157,6 +164,7 @@ class DecodeScheduler:
 
     def advance(self, reservation: Reservation, token: int) -> None:
         """The last token's KV is written and the next token is drawn."""
+        reservation.num_in_flight -= 1
         sequence = reservation.sequence
         sequence.num_computed += 1
         if sequence.num_computed % self.pool.block_size == 0:
@@ -228,16 +236,25 @@ class DecodeScheduler:
     def _grow(self) -> list[Reservation]:
         """A block for every running sequence whose next position lies beyond its table; oldest first."""
         preempted: list[Reservation] = []
+        block_size = self.pool.block_size
         for reservation in list(self._running.values()):
             sequence = reservation.sequence
-            while reservation.state is State.RUNNING and sequence.num_computed // self.pool.block_size >= len(
-                sequence.block_table
-            ):
+            next_position = sequence.num_computed + reservation.num_in_flight
+            if next_position < len(sequence.block_table) * block_size or not self._wants_step(reservation):
+                continue
+            while reservation.state is State.RUNNING and next_position >= len(sequence.block_table) * block_size:
                 if self.pool.num_free:
                     sequence.block_table += self.pool.allocate(1)
                 else:
                     preempted.append(self._preempt_youngest())
         return preempted
+
+    def _wants_step(self, reservation: Reservation) -> bool:
+        """Tokens on their way, at most as many as it may have, still leave one to compute."""
+        sequence = reservation.sequence
+        num_tokens = sequence.num_tokens + reservation.num_in_flight
+        limit = sequence.request.num_prompt_tokens + sequence.request.stopping.max_tokens
+        return num_tokens < limit and num_tokens < self.context_length
 
     def _preempt_youngest(self) -> Reservation:
         youngest = max(self._running.values(), key=lambda reservation: reservation.id)

@@ -8,14 +8,12 @@ import grpc.aio
 
 from common.clock import monotonic
 from common.config import DecodeConfig
-from common.engine.setup import WorkerParts
+from common.engine.setup import WorkerParts, has_plain_kernels
 from common.health import Health
 from common.metrics import DecodeMetrics
 from common.worker import WorkerFront
-from decode_service.engine import DecodeEngine
+from decode_service.assembly import make_engine, prepare
 from decode_service.pairs import PairServer
-from decode_service.pipeline import Mode, PipelineScheduler
-from decode_service.scheduler import DecodeScheduler
 from decode_service.servicer import DecodeServicer, EventRouter
 from pdserve.v1 import decode_pb2_grpc, worker_pb2_grpc
 
@@ -24,40 +22,21 @@ class DecodeWorker:
     """Made and used inside the event loop; the engine runs from `start` to `stop`."""
 
     def __init__(self, config: DecodeConfig, parts: WorkerParts) -> None:
+        self._config = config
+        self._parts = parts
         self.health = Health()
         self.metrics = DecodeMetrics()
         self.front = WorkerFront(parts.identity, self.health, self.metrics, clock=monotonic, drain_s=config.drain_s)
         events = EventRouter()
-        self.engine = DecodeEngine(
-            DecodeScheduler(
-                parts.pool,
-                parts.prefix,
-                max_num_seqs=config.max_num_seqs,
-                max_batch_tokens=config.max_batch_tokens,
-                max_waiting=config.max_waiting_requests,
-                reservation_wait_s=config.reservation_wait_s,
-                clock=monotonic,
-            ),
-            parts.prefiller,
-            PipelineScheduler(
-                parts.model,
-                parts.cache,
-                mode=Mode(config.decode_pipeline),
-                attention_sm=config.decode_attention_sm,
-                ffn_sm=config.decode_ffn_sm,
-                profiling=config.decode_pipeline_profiling,
-            ),
-            parts.cache,
-            config=parts.model.config,
-            context_length=parts.identity.context_length,
-            stream_interval_s=config.stream_interval_ms / 1e3,
-            clock=monotonic,
+        self.engine = make_engine(
+            config,
+            parts,
             metrics=self.metrics,
             on_events=events.on_events,
             on_load=self.front.set_load,
             on_crash=self.front.engine_crashed,
         )
-        self.pairs = PairServer(parts.pair_identity, self.engine, config)
+        self.pairs = PairServer(parts.pair_identity, self.engine, config, transports=parts.transports)
         self.engine.on_gone = self.pairs.reservation_gone
         self.engine.transport_of = self.pairs.transport_of
         self.front.num_pairs = lambda: self.pairs.num_pairs
@@ -70,6 +49,11 @@ class DecodeWorker:
     def add_to(self, server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self._servicer, server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.front, server)
+
+    def prepare(self) -> None:
+        """What takes seconds before `start`; belongs to no event loop."""
+        prepare(self._config, self._parts, self.engine)
+        self.metrics.plain_kernels.set(has_plain_kernels(self._parts))
 
     def start(self) -> None:
         """Starts the engine and becomes ready."""

@@ -17,6 +17,7 @@ async def run(config: PrefillConfig) -> None:
     """Serves until told to stop."""
     parts = await asyncio.to_thread(build, config)
     worker = PrefillWorker(config, parts)
+    await asyncio.to_thread(worker.prepare)
     worker.start()
     try:
         await serve(

@@ -12,6 +12,7 @@ from common.clock import Clock
 from common.engine.chunks import Chunk
 from common.engine.loop import EngineLoop
 from common.engine.prefiller import FirstToken, Prefiller
+from common.engine.streams import mark
 from common.errors import Aborted, DataLoss, DeadlineExceeded, Internal, InvalidArgument, PdserveError, Unavailable
 from common.load import Load, StepTimer
 from common.metrics import PrefillMetrics
@@ -65,7 +66,7 @@ class PrefillEngine(EngineLoop):
         on_load: Callable[[Load], None],
         on_crash: Callable[[BaseException], None],
     ) -> None:
-        super().__init__("prefill-engine", on_crash=on_crash)
+        super().__init__("prefill-engine", device=prefiller.device, on_crash=on_crash)
         self.scheduler = scheduler
         self._prefiller = prefiller
         self._clock = clock
@@ -137,12 +138,13 @@ class PrefillEngine(EngineLoop):
 
     def _ship_layer(self, chunks: list[Chunk], layer: int) -> None:
         self.tick()
+        ready = mark(self._prefiller.device)
         for chunk in chunks:
             task = self._tasks[chunk.sequence]
             assert task.outgoing is not None
             first, end = task.job.num_shipped_blocks, self._num_final_blocks(chunk)
             if first < end and not task.outgoing.gone:
-                task.outgoing.ship(layer, first, chunk.sequence.block_table[first:end])
+                task.outgoing.ship(layer, first, chunk.sequence.block_table[first:end], ready)
 
     def _num_final_blocks(self, chunk: Chunk) -> int:
         size = self.scheduler.pool.block_size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -15,11 +14,14 @@ from common import rpc
 from common.clock import Clock
 from common.config import PrefillConfig
 from common.errors import FailedPrecondition, Internal, InvalidArgument, PdserveError, Unavailable
-from common.transport.authentication import Credentials, authenticate
-from common.transport.group import PREFILL_RANK, Join
+from common.transport.authentication import Credentials
+from common.transport.group import PREFILL_RANK
+from common.transport.limits import chunk_bytes
+from common.transport.meeting import Meeting
 from common.transport.messages import FromPrefill, PairHello, PairIdentity, PairWelcome
 from common.transport.outbox import Outbox
 from common.transport.sending import BlockSource, SendingPair
+from common.transport.transports import Transports, name_of
 from common.transport.wire import request_to_proto, response_from_proto
 from pdserve.v1 import decode_pb2_grpc
 
@@ -44,7 +46,7 @@ class Link:
         identity: PairIdentity,
         source: BlockSource,
         config: PrefillConfig,
-        backends: Mapping[str, Join],
+        transports: Transports,
         clock: Clock,
     ) -> None:
         self.endpoint = endpoint
@@ -54,7 +56,7 @@ class Link:
         self._identity = identity
         self._source = source
         self._config = config
-        self._backends = backends
+        self._transports = transports
         self._clock = clock
         self.task = asyncio.create_task(self._run(), name=name)
         self.task.add_done_callback(self._over)
@@ -101,39 +103,42 @@ class Link:
 
     async def _connect(self, call: Any, outbox: Outbox[FromPrefill]) -> SendingPair:
         """Hello, welcome, process group, proofs."""
-        transport, join = next(iter(self._backends.items()))
-        joining = join(PREFILL_RANK, interface=self._config.kv_interface, timeout_s=self._config.pair_connect_s)
+        names, config = self._transports.names, self._config
+        meeting = Meeting(
+            PREFILL_RANK, self._transports, interface=config.kv_interface, timeout_s=config.pair_connect_s
+        )
         try:
-            hello = PairHello(self._identity, (transport,), await joining.rendezvous())
+            hello = PairHello(self._identity, self._transports.offers, await meeting.rendezvous())
             welcome = await self._exchange(call, hello)
-            if welcome.transport != transport:
-                raise FailedPrecondition(f"decode chose the transport {welcome.transport!r}; offered was {transport!r}")
-            if welcome.max_chunk_bytes < self._source.block_bytes:
+            if name_of(welcome.transport) not in names:
+                offered = ", ".join(names)
+                raise FailedPrecondition(f"decode chose the transport {welcome.transport!r}; offered was {offered}")
+            own_max_bytes = chunk_bytes(name_of(welcome.transport), config.max_chunk_bytes)
+            max_chunk_bytes = min(welcome.max_chunk_bytes, own_max_bytes)
+            if max_chunk_bytes < self._source.block_bytes:
                 raise FailedPrecondition(
-                    f"a layer's KV block has {self._source.block_bytes} bytes, decode takes {welcome.max_chunk_bytes} "
-                    "at once: raise max_chunk_bytes there, or lower block_size everywhere",
+                    f"a layer's KV block has {self._source.block_bytes} bytes, of which decode takes "
+                    f"{welcome.max_chunk_bytes} and this worker sends {own_max_bytes} at once: raise max_chunk_bytes, "
+                    "or lower block_size everywhere",
                     field="max_chunk_bytes",
                 )
-            group = await joining.connect(welcome.rendezvous)
             credentials = Credentials(welcome.token, self._identity.boot_id, welcome.boot_id)
-            await asyncio.to_thread(
-                authenticate, group, PREFILL_RANK, credentials, timeout_s=self._config.pair_connect_s
-            )
+            group = await meeting.connect(welcome.rendezvous, welcome.transport, credentials)
         except BaseException:
-            joining.cancel()
+            meeting.cancel()
             raise
 
         def on_end(reason: str) -> None:
             log.info("%s with %s ended: %s", self._name, welcome.worker, reason)
             outbox.close()
 
-        log.info("%s with %s over %s", self._name, welcome.worker, transport)
+        log.info("%s with %s over %s", self._name, welcome.worker, welcome.transport)
         return SendingPair(
             self._name,
             group,
             self._source,
             num_credits=welcome.num_credits,
-            max_chunk_bytes=welcome.max_chunk_bytes,
+            max_chunk_bytes=max_chunk_bytes,
             post=outbox.post,
             on_end=on_end,
             clock=self._clock,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Mapping
 
 from common.clock import Clock, monotonic
 from common.config import PrefillConfig
 from common.errors import Unavailable
-from common.transport.backends import BACKENDS
-from common.transport.group import Join
 from common.transport.messages import PairIdentity
 from common.transport.sending import BlockSource, SendingPair
+from common.transport.transports import Transports
 from prefill_service.link import Link
 
 CLOSE_S = 2.0
@@ -27,11 +25,11 @@ class PairRegistry:
         source: BlockSource,
         config: PrefillConfig,
         *,
-        backends: Mapping[str, Join] = BACKENDS,
+        transports: Transports,
         clock: Clock = monotonic,
     ) -> None:
         self._connect = functools.partial(
-            Link, identity=identity, source=source, config=config, backends=backends, clock=clock
+            Link, identity=identity, source=source, config=config, transports=transports, clock=clock
         )
         self._num_made = 0
         self._links: dict[str, Link] = {}

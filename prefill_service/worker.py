@@ -8,7 +8,7 @@ import grpc.aio
 
 from common.clock import monotonic
 from common.config import PrefillConfig
-from common.engine.setup import WorkerParts
+from common.engine.setup import WorkerParts, has_plain_kernels, prepare_prefill, preparing
 from common.health import Health
 from common.metrics import PrefillMetrics
 from common.worker import WorkerFront
@@ -23,6 +23,8 @@ class PrefillWorker:
     """Made and used inside the event loop; the engine runs from `start` to `stop`."""
 
     def __init__(self, config: PrefillConfig, parts: WorkerParts) -> None:
+        self._config = config
+        self._parts = parts
         self.health = Health()
         self.metrics = PrefillMetrics()
         self.front = WorkerFront(parts.identity, self.health, self.metrics, clock=monotonic, drain_s=config.drain_s)
@@ -41,7 +43,7 @@ class PrefillWorker:
             on_load=self.front.set_load,
             on_crash=self.front.engine_crashed,
         )
-        self.pairs = PairRegistry(parts.pair_identity, parts.cache, config)
+        self.pairs = PairRegistry(parts.pair_identity, parts.cache, config, transports=parts.transports)
         self.front.num_pairs = lambda: self.pairs.num_pairs
         self._servicer = PrefillServicer(
             self.engine,
@@ -55,6 +57,12 @@ class PrefillWorker:
     def add_to(self, server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(self._servicer, server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self.front, server)
+
+    def prepare(self) -> None:
+        """What takes seconds before `start`; belongs to no event loop."""
+        with preparing(self._parts.device):
+            prepare_prefill(self._config, self._parts)
+        self.metrics.plain_kernels.set(has_plain_kernels(self._parts))
 
     def start(self) -> None:
         """Starts the engine and becomes ready."""

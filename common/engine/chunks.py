@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from common.sequence import Sequence
 
+# Tokens of one step whose log-probabilities are asked for: each needs a row of logits, as wide as the vocabulary.
+MOST_SCORED_TOKENS = 512
+
 
 class Chunk(NamedTuple):
     """Positions [start, end) of a sequence, to be computed in one forward pass."""
@@ -27,10 +30,13 @@ def plan_chunks(sequences: Iterable[Sequence], *, max_batch_tokens: int, block_s
     A chunk that does not finish its sequence ends on a block boundary, so that a shipped block is always complete.
     """
     chunks: list[Chunk] = []
-    budget = max_batch_tokens
+    budget, scored_budget = max_batch_tokens, max(MOST_SCORED_TOKENS, block_size)
     for sequence in sequences:
         start = sequence.num_computed
         end = min(sequence.num_tokens, start + budget)
+        if sequence.request.num_prompt_logprobs is not None:
+            end = min(end, start + scored_budget)
+            scored_budget -= end - start
         if end < sequence.num_tokens:
             end -= end % block_size
         if end <= start:

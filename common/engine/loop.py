@@ -6,26 +6,33 @@ through the callbacks that the calls carry.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import torch
 
 log = logging.getLogger(__name__)
 
 # An idle engine wakes this often to expire what waits and to show that it lives.
 IDLE_WAKE_S = 0.1
+SWITCH_S = 5e-4
 
 
 class EngineLoop(threading.Thread):
     """Drains its inbox, steps while there is work, sleeps otherwise.
 
-    `step_counter` grows with every turn of the loop and with every layer of a long step: standing still means wedged.
+    `step_counter` grows with every turn of the loop, save one that can only wait for the device, and with every layer
+    of a long step: standing still means wedged.
     """
 
-    def __init__(self, name: str, *, on_crash: Callable[[BaseException], None]) -> None:
+    def __init__(self, name: str, *, device: torch.device, on_crash: Callable[[BaseException], None]) -> None:
         super().__init__(name=name, daemon=True)
+        self._device = device
         self.step_counter = 0
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -50,10 +57,15 @@ class EngineLoop(threading.Thread):
         # What exists by now lives as long as the process: collections need not look at it again.
         gc.collect()
         gc.freeze()
+        if self._device.type == "cuda":
+            # A busy front end gives the interpreter up only after this long, several times a step: with the default of
+            # 5 ms a step of 3 ms takes 30. On a CPU it is PyTorch's own threads that a step waits for.
+            sys.setswitchinterval(SWITCH_S)
         try:
-            while not self._stopping:
-                if not self.turn():
-                    self._sleep()
+            with on_device(self._device):
+                while not self._stopping:
+                    if not self.turn():
+                        self.rest()
         except BaseException as error:
             log.exception("engine thread died")
             self._on_crash(error)
@@ -62,7 +74,8 @@ class EngineLoop(threading.Thread):
         """Drains the inbox and makes a step if there is work; returns whether there is more."""
         while self._inbox:
             self._inbox.popleft()()
-        self.step_counter += 1
+        if not self.waits_for_device():
+            self.tick()
         if self.has_work():
             self.step()
         else:
@@ -78,6 +91,10 @@ class EngineLoop(threading.Thread):
         """One forward pass and what follows from it."""
         raise NotImplementedError
 
+    def waits_for_device(self) -> bool:
+        """All that is left to do is with the device, which may never answer."""
+        return False
+
     def idle(self) -> None:
         """Called instead of `step` when there is no work: expire what waits."""
 
@@ -85,10 +102,24 @@ class EngineLoop(threading.Thread):
         """Called after each turn: hand results to the front end."""
 
     def tick(self, _layer: int = 0) -> None:
-        """Shows life in the middle of a long step."""
+        """Shows life, also in the middle of a long step."""
         self.step_counter += 1
 
-    def _sleep(self) -> None:
+    def rest(self) -> None:
+        """Sleeps until something is submitted, or for a moment."""
         with self._wake:
             if not self._inbox and not self._stopping:
                 self._wake.wait(IDLE_WAKE_S)
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """This thread computes there: on a GPU, on a stream of its own."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+            # Streams are not ordered: what others were given, such as the weights, is done before this one begins.
+            torch.cuda.synchronize(device)
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        yield

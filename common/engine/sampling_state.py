@@ -66,6 +66,11 @@ class _Entry(NamedTuple):
     num_logprobs: int | None
 
 
+def table_bytes(max_num_seqs: int, vocab_size: int) -> int:
+    """All tables of vocabulary width of one state: two of bool, one of int32, one of float32."""
+    return max_num_seqs * vocab_size * (1 + 1 + 4 + 4)
+
+
 class SamplingState:
     """Sampling parameters and token history of at most `max_num_seqs` sequences."""
 

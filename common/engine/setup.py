@@ -6,24 +6,44 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 from common.blocks import BlockPool
+from common.clock import monotonic
 from common.config import WorkerConfig
+from common.engine.buckets import batch_buckets
+from common.engine.chunks import MOST_SCORED_TOKENS
 from common.engine.kv_cache import KvCache
+from common.engine.loop import on_device
+from common.engine.memory import GRAPH_BYTES, RUNTIME_BYTES, MemoryPlan, activation_bytes
+from common.engine.prefill_graphs import MOST_SEQS, MOST_TOKENS, token_buckets
 from common.engine.prefiller import Prefiller
 from common.engine.prefix import PrefixCache
+from common.engine.sampling_state import table_bytes
 from common.errors import InvalidArgument
 from common.model.config import ModelConfig, resolve_dtype
 from common.model.fingerprint import model_fingerprint
 from common.model.loader import load_model
+from common.model.operations import Operations, PlainOperations
 from common.model.qwen3 import Qwen3ForCausalLM
 from common.settings import ConfigError
+from common.transport.checksum import warm_up
+from common.transport.limits import chunk_bytes
 from common.transport.messages import PROTOCOL_VERSION, PairIdentity
+from common.transport.sending import NUM_GATHER_SLOTS
+from common.transport.transports import Transports
 from common.worker import new_boot_id
 from pdserve.v1 import types_pb2, worker_pb2
 
@@ -43,23 +63,30 @@ class WorkerParts(NamedTuple):
     prefiller: Prefiller
     identity: worker_pb2.WorkerIdentity
     pair_identity: PairIdentity
+    transports: Transports
 
 
-def build(config: WorkerConfig) -> WorkerParts:
-    """Loads the model and allocates the KV cache. Takes seconds to minutes.
+class ChooseOperations(Protocol):
+    def __call__(self, config: ModelConfig, device: torch.device, *, deterministic: bool) -> Operations:
+        """See `choose_operations`."""
+
+
+def build(config: WorkerConfig, *, choose: ChooseOperations | None = None) -> WorkerParts:
+    """Loads the model and allocates the KV cache. Takes seconds to minutes. `choose` picks the kernels.
 
     Raises:
         ConfigError: the device does not exist, the cache is too small, or the model folder cannot be used.
     """
     try:
-        return _build(config)
+        return _build(config, choose or choose_operations)
     except InvalidArgument as error:
         raise ConfigError(error.message) from error
 
 
-def _build(config: WorkerConfig) -> WorkerParts:
+def _build(config: WorkerConfig, choose: ChooseOperations) -> WorkerParts:
     torch.set_num_threads(config.num_threads or max(1, len(os.sched_getaffinity(0)) // 2))
     device = resolve_device(config.device)
+    transports = Transports.of(config.kv_transports, device)
     model_config = ModelConfig.from_folder(config.model)
     dtype = resolve_dtype(config.dtype, model_config, device)
     with progress_bar(f"loading {model_config.model_id}") as progress:
@@ -70,8 +97,11 @@ def _build(config: WorkerConfig) -> WorkerParts:
             device=device,
             seed=config.seed,
             progress=progress,
+            operations=choose(model_config, device, deterministic=config.deterministic),
         )
-    cache = KvCache(model_config, _num_blocks(config, model_config, dtype), config.block_size, dtype, device)
+    num_blocks = _num_blocks(config, model_config, dtype, device)
+    cache = KvCache(model_config, num_blocks, config.block_size, dtype, device)
+    warm_up(device)
     fingerprint = model_fingerprint(
         config.model,
         model_config,
@@ -116,37 +146,155 @@ def _build(config: WorkerConfig) -> WorkerParts:
         prefiller=Prefiller(model, cache, prefix, max_num_seqs=config.max_num_seqs, device=device),
         identity=identity,
         pair_identity=PairIdentity(config.instance_id, boot_id, fingerprint, cache.layout),
+        transports=transports,
     )
 
 
 @contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what takes (done_bytes, total_bytes); a bar on stderr where that is a terminal."""
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+def preparing(device: torch.device) -> Iterator[None]:
+    """What is run once before serving, on a stream of its own; its memory is given back, since no other can use it."""
+    with on_device(device):
+        yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def has_plain_kernels(parts: WorkerParts) -> bool:
+    """A GPU computes with PyTorch's own kernels; the log says why."""
+    return parts.device.type == "cuda" and not parts.model.operations.replayable
+
+
+def prepare_prefill(config: WorkerConfig, parts: WorkerParts) -> None:
+    """Compiles and captures what prompts need on a GPU, on the current stream. Takes seconds."""
+    if parts.device.type == "cpu" or not parts.model.operations.replayable:
+        return
+    parts.prefiller.warm_up(config.max_batch_tokens)
+    if not config.enforce_eager:
+        with capturing("prefill", parts.device) as progress:
+            parts.prefiller.capture(config.max_batch_tokens, parts.identity.context_length, progress)
+
+
+@contextlib.contextmanager
+def capturing(what: str, device: torch.device) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over the capture of CUDA graphs; then says in the log what they took."""
+    started_s, free = monotonic(), torch.cuda.mem_get_info(device)[0]
+    with progress_bar(f"capturing CUDA graphs of {what}", in_bytes=False) as progress:
+        yield progress
+    used_mib = (free - torch.cuda.mem_get_info(device)[0]) / 2**20
+    log.info("captured CUDA graphs of %s in %.1f s, %.0f MiB", what, monotonic() - started_s, used_mib)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, *, in_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Yields what takes (done, total); a bar on stderr where that is a terminal."""
+    units = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn(title), BarColumn(), *units)
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title)
-        yield lambda done_bytes, total_bytes: progress.update(task, completed=done_bytes, total=total_bytes)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device to compute on.
+    """The device to compute on; `auto` is the first CUDA device where there is one.
 
     Raises:
-        ConfigError: it is a CUDA device.
+        ConfigError: there is no such CUDA device.
     """
-    if name not in ("auto", "cpu"):
-        raise ConfigError(f"device={name!r}: the KV transport stages in host memory only; use cpu")
-    return torch.device("cpu")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        cause = "no CUDA device is visible" if torch.version.cuda else "this PyTorch is built without CUDA"
+        raise ConfigError(f"device={name!r}: {cause}; use cpu, or see `pdserve doctor`")
+    index = int(name.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}: the devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
-def _num_blocks(config: WorkerConfig, model_config: ModelConfig, dtype: torch.dtype) -> int:
+def choose_operations(config: ModelConfig, device: torch.device, *, deterministic: bool) -> Operations:
+    """The kernels for a model on a device: fused ones on a GPU, PyTorch's where those cannot be used.
+
+    Raises:
+        ConfigError: `deterministic` asks for kernels that cannot be used here.
+    """
+    if device.type == "cpu":
+        return PlainOperations()
+    reason = "Triton is not installed"
+    with contextlib.suppress(ImportError):
+        from common.kernels.operations import InvariantOperations, KernelOperations, why_not
+
+        reason = why_not(config, device)
+        if not reason:
+            operations = (InvariantOperations if deterministic else KernelOperations)(config, device)
+            log.info("kernels: %s; %s", operations.name, operations.long_prompts(device))
+            return operations
+    if deterministic:
+        raise ConfigError(f"deterministic: batch-invariant kernels cannot be used: {reason}")
+    log.warning("PLAIN_KERNELS: PyTorch's own kernels without CUDA graphs, much slower: %s", reason)
+    return PlainOperations()
+
+
+def _num_blocks(config: WorkerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    block_bytes = model_config.num_layers * model_config.kv_block_bytes(config.block_size, dtype)
+    if device.type == "cuda":
+        return _plan_device_memory(config, model_config, dtype, device, block_bytes)
     if config.num_blocks:
         return config.num_blocks
-    block_bytes = model_config.num_layers * model_config.kv_block_bytes(config.block_size, dtype)
     num_blocks = int(config.kv_cache_gib * 2**30) // block_bytes
     if num_blocks < 2:
         raise ConfigError(
             f"kv_cache_gib={config.kv_cache_gib:g} holds {num_blocks} blocks of {block_bytes} bytes; raise it"
         )
     return num_blocks
+
+
+def _plan_device_memory(
+    config: WorkerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device, block_bytes: int
+) -> int:
+    """Called with the weights in place. Prints the table."""
+    heads = model_config.num_heads + 2 * model_config.num_kv_heads
+    sizes = {
+        "hidden_size": model_config.hidden_size,
+        "qkv_width": heads * model_config.head_dim,
+        "intermediate_size": model_config.intermediate_size,
+        "vocab_size": model_config.vocab_size,
+        "itemsize": dtype.itemsize,
+    }
+    graphs = 0
+    if not config.enforce_eager:
+        # Graphs have activations of their own, which all of a kind share.
+        num_graphs = len(token_buckets(config.max_batch_tokens))
+        graphs = activation_bytes(**sizes, num_tokens=min(config.max_batch_tokens, MOST_TOKENS), num_rows=MOST_SEQS)
+        if config.role == "decode":
+            num_graphs += len(batch_buckets(config.max_num_seqs))
+            graphs += activation_bytes(**sizes, num_tokens=config.max_num_seqs, num_rows=config.max_num_seqs)
+        graphs += num_graphs * GRAPH_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    # Decode draws the first tokens of local prefills, and all others.
+    num_states = 2 if config.role == "decode" else 1
+    plan = MemoryPlan(
+        device=f"{device} ({torch.cuda.get_device_name(device)})",
+        total=total,
+        # Loading leaves some to PyTorch, which uses it again.
+        free=free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device),
+        fraction=config.gpu_memory_fraction,
+        runtime=RUNTIME_BYTES,
+        weights=torch.cuda.memory_allocated(device),
+        activations=activation_bytes(
+            **sizes, num_tokens=config.max_batch_tokens, num_rows=max(config.max_num_seqs, MOST_SCORED_TOKENS)
+        ),
+        graphs=graphs,
+        sampling=num_states * table_bytes(config.max_num_seqs, model_config.vocab_size),
+        staging=(config.staging_chunks if config.role == "decode" else NUM_GATHER_SLOTS) * _largest_chunk_bytes(config),
+        block_bytes=block_bytes,
+        wanted_blocks=config.num_blocks,
+    )
+    num_blocks = plan.num_blocks
+    log.info("memory of %s\n%s", config.instance_id, plan.table(num_blocks, config.block_size))
+    return num_blocks
+
+
+def _largest_chunk_bytes(config: WorkerConfig) -> int:
+    return max(chunk_bytes(name, config.max_chunk_bytes) for name in config.kv_transports)

@@ -31,7 +31,7 @@ _A_YEAR = timedelta(days=365)
 
 
 class GlooTransfer:
-    """See `common.transport.group.Transfer`."""
+    """See `common.transport.group.Transfer`; in whatever order."""
 
     def __init__(self, work: dist.Work, tensor: Tensor) -> None:
         self._work = work
@@ -49,19 +49,28 @@ class GlooTransfer:
 
 
 class GlooGroup:
-    """See `common.transport.group.PairGroup`."""
+    """See `common.transport.group.PairGroup`. Messages with different tags go their own ways, each in order."""
 
     transport = "gloo"
+    device = torch.device("cpu")
 
-    def __init__(self, group: Any, rank: int) -> None:
+    def __init__(self, group: Any, rank: int, *, pinned: bool = False) -> None:
+        """`pinned`: payload comes from or goes to a CUDA device."""
         self._group = group
         self._peer = 1 - rank
+        self._pinned = pinned
 
-    def send(self, payload: Tensor) -> GlooTransfer:
-        return self._begin(self._group.send, payload, _PAYLOAD_TAG)
+    def send_buffer(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
-    def receive(self, buffer: Tensor) -> GlooTransfer:
-        return self._begin(self._group.recv, buffer, _PAYLOAD_TAG)
+    def receive_buffer(self, num_bytes: int) -> Tensor:
+        return self.send_buffer(num_bytes)
+
+    def send(self, payload: Tensor, tag: int = _PAYLOAD_TAG) -> GlooTransfer:
+        return self._begin(self._group.send, payload, tag)
+
+    def receive(self, buffer: Tensor, tag: int = _PAYLOAD_TAG) -> GlooTransfer:
+        return self._begin(self._group.recv, buffer, tag)
 
     def wait_for_end(self) -> str:
         try:
@@ -74,6 +83,9 @@ class GlooGroup:
         with contextlib.suppress(PairBroken):
             self._begin(self._group.recv, torch.empty(1, dtype=torch.uint8), _CLOSE_TAG).wait(1e-3)
 
+    def release(self) -> None:
+        del self._group
+
     def _begin(
         self, operation: Callable[[list[Tensor], int, int], dist.Work], tensor: Tensor, tag: int
     ) -> GlooTransfer:
@@ -84,12 +96,16 @@ class GlooGroup:
 
 
 class GlooJoining:
-    """See `common.transport.group.Joining`. gloo's constructor blocks, so it has a thread of its own."""
+    """One side of a group that is being made, on one interface, given by address or host name.
 
-    def __init__(self, rank: int, *, interface: str, timeout_s: float) -> None:
+    gloo's constructor blocks, so it has a thread of its own.
+    """
+
+    def __init__(self, rank: int, *, interface: str, timeout_s: float, pinned: bool = False) -> None:
         self._rank = rank
         self._interface = interface
         self._timeout_s = timeout_s
+        self._pinned = pinned
         self._store = _OneKeyEachWay(timeout_s)
         self._group: Future[GlooGroup] = Future()
         for future in (self._store.own, self._group):
@@ -98,13 +114,20 @@ class GlooJoining:
         threading.Thread(target=self._make, name="gloo-join", daemon=True).start()
 
     async def rendezvous(self) -> bytes:
+        """What the peer has to be told; at most MAX_RENDEZVOUS_BYTES."""
         return await asyncio.wrap_future(self._store.own)
 
     async def connect(self, peer_rendezvous: bytes) -> GlooGroup:
+        """The group. The peer has to connect at the same time.
+
+        Raises:
+            PairBroken: the peer could not be reached within the timeout.
+        """
         self._store.peer.set_result(peer_rendezvous)
         return await asyncio.wrap_future(self._group)
 
     def cancel(self) -> None:
+        """The group is not wanted any more."""
         self._store.peer.cancel()
 
     def _make(self) -> None:
@@ -114,7 +137,9 @@ class GlooJoining:
             options._timeout = timedelta(seconds=self._timeout_s)
             # Of a pool for collectives, which a pair does not use.
             options._threads = 1
-            group = GlooGroup(dist.ProcessGroupGloo(self._store, self._rank, 2, options), self._rank)
+            made = dist.ProcessGroupGloo(self._store, self._rank, 2, options)
+            group = GlooGroup(made, self._rank, pinned=self._pinned)
+            del made
         except Exception as error:
             broken = PairBroken(f"gloo on {self._interface}: {_explain(error)}")
             for future in (self._store.own, self._group):

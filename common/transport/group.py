@@ -1,9 +1,10 @@
-"""What a pair needs of a two-member process group. A backend is one file that provides these three."""
+"""What a pair needs of a two-member process group. A transport is one file that provides it."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from common.errors import Unavailable
@@ -23,7 +24,7 @@ class Transfer(Protocol):
     """A send or receive under way. Holds on to its tensor until it ended."""
 
     def wait(self, timeout_s: float) -> None:
-        """Blocks until the tensor has been sent or filled.
+        """Blocks until the tensor has been sent or filled. Those of one direction are waited for in their order.
 
         Raises:
             PairBroken: it never will be. A wait that times out breaks the whole group.
@@ -33,10 +34,20 @@ class Transfer(Protocol):
 class PairGroup(Protocol):
     """Ordered messages between two members: the n-th `send` of one meets the n-th `receive` of the other, of one size.
 
-    Tensors are contiguous uint8. Every method may be called from any thread.
+    Tensors are contiguous uint8 at the beginning of a buffer from here. Every method may be called from any thread.
+    On a CUDA device a transfer comes after what the calling thread's stream holds when it begins.
     """
 
+    # As the serving path names it.
     transport: str
+    # Where payload is sent from and received into.
+    device: torch.device
+
+    def send_buffer(self, num_bytes: int) -> Tensor:
+        """Memory to send from; the group's own until `release`."""
+
+    def receive_buffer(self, num_bytes: int) -> Tensor:
+        """Memory to receive into, for as long as somebody holds it."""
 
     def send(self, payload: Tensor) -> Transfer:
         """Begins to send; `payload` stays as it is until the transfer has ended."""
@@ -53,24 +64,5 @@ class PairGroup(Protocol):
         A transfer that is in the middle of its message may go on until its own timeout.
         """
 
-
-class Joining(Protocol):
-    """One side of a group that is being made. Each side has a few bytes that the other needs."""
-
-    async def rendezvous(self) -> bytes:
-        """What the peer has to be told; at most MAX_RENDEZVOUS_BYTES."""
-
-    async def connect(self, peer_rendezvous: bytes) -> PairGroup:
-        """The group. The peer has to connect at the same time.
-
-        Raises:
-            PairBroken: the peer could not be reached within the timeout.
-        """
-
-    def cancel(self) -> None:
-        """The group is not wanted any more."""
-
-
-class Join(Protocol):
-    def __call__(self, rank: int, *, interface: str, timeout_s: float) -> Joining:
-        """Begins to make a group that binds one interface, given by address or host name."""
+    def release(self) -> None:
+        """Gives back what the group holds; after `close`, once no transfer is under way. The last call."""

@@ -59,7 +59,7 @@ class PairIdentity:
 @dataclass(frozen=True, slots=True)
 class PairHello:
     identity: PairIdentity
-    # Best first.
+    # Best first, as `common.transport.transports` writes them.
     transports: tuple[str, ...]
     rendezvous: bytes
 
@@ -95,7 +95,7 @@ class ChunkHeader:
     first_block: int
     num_blocks: int
     num_bytes: int
-    # xxh3-64 of the payload.
+    # Of the payload; `common.transport.checksum` says which.
     checksum: int
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from common.transport.batching import Span, SpanQueue
+from common.transport.batching import Ready, Span, SpanQueue
 from common.transport.messages import AttemptKey, AttemptOutcome, Commit
 
 
 class _Pair(Protocol):
     """What an attempt asks of its pair."""
 
-    def ship(self, attempt: OutgoingAttempt, layer: int, first_block: int, block_ids: Sequence[int]) -> None: ...
+    def ship(
+        self,
+        attempt: OutgoingAttempt,
+        layer: int,
+        first_block: int,
+        block_ids: Sequence[int],
+        ready: Ready | None = None,
+    ) -> None: ...
 
     def commit(self, attempt: OutgoingAttempt, commit: Commit) -> None: ...
 
@@ -56,9 +63,12 @@ class OutgoingAttempt:
         assert commit is not None
         return commit
 
-    def ship(self, layer: int, first_block: int, block_ids: Sequence[int]) -> None:
-        """Sends one layer of some blocks; `first_block` is their place in the reservation's block table."""
-        self._pair.ship(self, layer, first_block, block_ids)
+    def ship(self, layer: int, first_block: int, block_ids: Sequence[int], ready: Ready | None = None) -> None:
+        """Sends one layer of some blocks; `first_block` is their place in the reservation's block table.
+
+        On a device `ready` says when they will have been computed; layers become ready in the order they are shipped.
+        """
+        self._pair.ship(self, layer, first_block, block_ids, ready)
 
     def commit(self, commit: Commit) -> None:
         """Ends the attempt once everything shipped has been announced. Nothing is shipped after it."""

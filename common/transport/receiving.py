@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from common.transport.checksum import checksum
@@ -33,16 +34,20 @@ from common.transport.messages import (
 from common.transport.protocol import Deliver, End, Free, Receive, ReceivingAction, Send
 from common.transport.receiving_protocol import ReceivingProtocol
 from common.transport.serial import Serial
-from common.transport.staging import StagingSlots
+from common.transport.staging import Slot, StagingSlots
 from common.transport.watch import GroupWatch
 
-Done = Callable[[TransferStatus, str], None]
+
+class Done(Protocol):
+    def __call__(self, status: TransferStatus, detail: str, still_read: torch.cuda.Event | None = None) -> None:
+        """How it fared. `still_read`: the end of device work that still reads the payload."""
 
 
 class KvSink(Protocol):
     """Where KV arrives: the decode engine. Called from any thread, in order; puts into its inbox and returns at once.
 
     The engine checks the fence and writes in one step of its own thread, then calls `done` from there, exactly once.
+    On a device the write may be under way when `done` says that it is made: the next use of the payload's memory waits.
     Nothing of an attempt comes after its commit or `attempt_abandoned`, and nothing of a pair after `pair_lost`.
     """
 
@@ -50,7 +55,7 @@ class KvSink(Protocol):
         """Chunks may follow. When the engine does not know it, `PairServer.reservation_gone` stops it."""
 
     def chunk_landed(self, pair_id: int, header: ChunkHeader, payload: Tensor, done: Done) -> None:
-        """`payload` (uint8) is what was announced, bit for bit, and valid until `done`."""
+        """`payload` (uint8, on the group's device) is what was announced, bit for bit, and valid until `done`."""
 
     def commit_received(self, pair_id: int, commit: Commit, done: Done) -> None:
         """Everything shipped for this attempt has been written."""
@@ -91,12 +96,14 @@ class ReceivingPair:
         self._on_end = on_end
         self._protocol = ReceivingProtocol(num_slots, max_chunk_bytes)
         self._steps: Serial[ReceivingAction] = Serial(threading.Condition(), self._perform)
-        self._staging = StagingSlots(num_slots, max_chunk_bytes)
+        self._staging = StagingSlots(num_slots, max_chunk_bytes, group.receive_buffer)
         # None: the pair has ended.
         self._announced: queue.SimpleQueue[ChunkHeader | None] = queue.SimpleQueue()
         self._posted: deque[_Posted] = deque()
-        self._slots: dict[int, Tensor] = {}
-        self._watch = GroupWatch(group, name, work=self._transfer, drain=self._drain, on_end=self.end)
+        self._slots: dict[int, Slot] = {}
+        self._watch = GroupWatch(
+            group, name, device=group.device, work=self._transfer, drain=self._drain, on_end=self.end
+        )
         self._watch.start()
 
     @property
@@ -141,16 +148,22 @@ class ReceivingPair:
             case AttemptBegin(key):
                 self._sink.attempt_begun(self._id, key)
             case ChunkHeader(sequence_number=number, num_bytes=num_bytes):
-                self._sink.chunk_landed(self._id, event, self._slots[number][:num_bytes], partial(self._landed, number))
+                payload = self._slots[number].buffer[:num_bytes]
+                self._sink.chunk_landed(self._id, event, payload, partial(self._landed, number))
             case Commit(key=key):
                 self._sink.commit_received(self._id, event, partial(self._committed, key))
             case AbandonAttempt(key):
                 self._sink.attempt_abandoned(self._id, key)
 
-    def _landed(self, sequence_number: int, status: TransferStatus, detail: str) -> None:
+    def _landed(
+        self, sequence_number: int, status: TransferStatus, detail: str, still_read: torch.cuda.Event | None = None
+    ) -> None:
+        self._slots[sequence_number].still_read = still_read
         self._steps.run(lambda: self._protocol.landed(sequence_number, status, detail))
 
-    def _committed(self, key: AttemptKey, status: TransferStatus, detail: str) -> None:
+    def _committed(
+        self, key: AttemptKey, status: TransferStatus, detail: str, still_read: torch.cuda.Event | None = None
+    ) -> None:
         self._steps.run(lambda: self._protocol.committed(key, status, detail))
 
     def _transfer(self) -> None:
@@ -172,7 +185,8 @@ class ReceivingPair:
                 slot = self._staging.acquire()
                 assert slot is not None, "a credit without a free slot"
                 self._slots[header.sequence_number] = slot
-                payload = slot[: header.num_bytes]
+                slot.wait_until_read()
+                payload = slot.buffer[: header.num_bytes]
                 self._posted.append(_Posted(header, payload, self._watch.group.receive(payload)))
             return False
         return True

@@ -1,7 +1,8 @@
 """Prefill's side of a pair at work: takes layers of blocks as they are computed, and ships them.
 
-The thread that computes only queues; a transfer thread gathers, checks, announces and sends. A large run of one layer
-goes straight from the cache, everything else through a staging slot.
+The thread that computes only queues; a transfer thread gathers, checks, announces and sends. On a CPU a large run of
+one layer goes straight from the cache, everything else through a staging slot. On a device it gathers in a stream of
+its own, which waits for the layer: the stream that computes never waits for anything here.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from common.clock import Clock, monotonic
-from common.transport.batching import Span, SpanQueue
+from common.transport.batching import Ready, Span, SpanQueue
 from common.transport.checksum import checksum
 from common.transport.group import PairBroken, PairGroup, Transfer
 from common.transport.limits import transfer_timeout_s
@@ -32,7 +34,7 @@ from common.transport.outgoing import OutgoingAttempt
 from common.transport.protocol import End, Finish, Send, SendingAction
 from common.transport.sending_protocol import SendingProtocol
 from common.transport.serial import Serial
-from common.transport.staging import StagingSlots
+from common.transport.staging import Slot, StagingSlots
 from common.transport.watch import GroupWatch
 
 # Gathered payloads waiting for the wire or on it. With more of them, each has left the CPU's cache when it is sent.
@@ -42,6 +44,7 @@ NUM_GATHER_SLOTS = 3
 class BlockSource(Protocol):
     """Where blocks are read from; `common.engine.kv_cache.KvCache` is one and says more."""
 
+    device: torch.device
     # Of one layer's block.
     block_bytes: int
 
@@ -53,7 +56,7 @@ class BlockSource(Protocol):
 class _InFlight(NamedTuple):
     transfer: Transfer
     timeout_s: float
-    slot: Tensor | None
+    slot: Slot | None
 
 
 class SendingPair:
@@ -84,10 +87,14 @@ class SendingPair:
         self._attempts: dict[AttemptKey, OutgoingAttempt] = {}
         # Attempts with something to announce, in the order of their turns.
         self._ready: dict[OutgoingAttempt, None] = {}
-        self._staging = StagingSlots(NUM_GATHER_SLOTS, max_chunk_bytes)
+        # Blocks in the host's memory can be sent from where they lie.
+        self._direct = source.device.type == "cpu"
+        self._staging = StagingSlots(NUM_GATHER_SLOTS, max_chunk_bytes, group.send_buffer)
         self._in_flight: deque[_InFlight] = deque()
         self._last_used_s = self._waiting_since_s = clock()
-        self._watch = GroupWatch(group, name, work=self._transfer, drain=self._drain, on_end=self.end)
+        self._watch = GroupWatch(
+            group, name, device=source.device, work=self._transfer, drain=self._drain, on_end=self.end
+        )
         self._watch.start()
 
     @property
@@ -111,7 +118,9 @@ class SendingPair:
 
     def begin(self, key: AttemptKey, on_done: Callable[[AttemptOutcome], None]) -> OutgoingAttempt:
         """Opens an attempt. On a pair that has ended, `on_done` is called at once, with status None."""
-        spans = SpanQueue(block_bytes=self._source.block_bytes, max_chunk_bytes=self._max_chunk_bytes)
+        spans = SpanQueue(
+            block_bytes=self._source.block_bytes, max_chunk_bytes=self._max_chunk_bytes, direct=self._direct
+        )
         attempt = OutgoingAttempt(self, key, spans, on_done)
         with self._lock:
             is_new = self._attempts.setdefault(key, attempt) is attempt
@@ -121,12 +130,19 @@ class SendingPair:
             on_done(AttemptOutcome(TransferStatus.FENCED, f"{key} is being shipped already", 0))
         return attempt
 
-    def ship(self, attempt: OutgoingAttempt, layer: int, first_block: int, block_ids: Sequence[int]) -> None:
+    def ship(
+        self,
+        attempt: OutgoingAttempt,
+        layer: int,
+        first_block: int,
+        block_ids: Sequence[int],
+        ready: Ready | None = None,
+    ) -> None:
         """See OutgoingAttempt, like the next three."""
         with self._lock:
             if self._is_open(attempt):
                 attempt.num_bytes += len(block_ids) * self._source.block_bytes
-                attempt.spans.push(layer, first_block, block_ids)
+                attempt.spans.push(layer, first_block, block_ids, ready)
                 self._ready.setdefault(attempt)
                 self._lock.notify_all()
 
@@ -213,12 +229,15 @@ class SendingPair:
         return None
 
     def _send(self, attempt: OutgoingAttempt, span: Span) -> None:
-        slot = None
-        payload = self._source.view(span.first_layer, span.num_layers, span.block_ids)
+        slot = payload = None
+        if self._direct:
+            payload = self._source.view(span.first_layer, span.num_layers, span.block_ids)
         if payload is None:
             while (slot := self._staging.acquire()) is None:
                 self._finish_oldest()
-            payload = self._source.gather(span.first_layer, span.num_layers, span.block_ids, slot)
+            if span.ready is not None:
+                span.ready.wait()
+            payload = self._source.gather(span.first_layer, span.num_layers, span.block_ids, slot.buffer)
         num_bytes, digest = payload.numel(), checksum(payload)
 
         def announce() -> Sequence[SendingAction]:

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class StagingSlots:
-    """`num_slots` buffers of `slot_bytes` uint8 each, reused. Thread-safe."""
+@dataclass(eq=False, slots=True)
+class Slot:
+    """One buffer of uint8."""
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+    buffer: Tensor
+    # The end of device work that still reads it; None: nothing does.
+    still_read: torch.cuda.Event | None = None
+
+    def wait_until_read(self) -> None:
+        """What comes next may write: whoever writes, a stream of the device or this thread, waits for the reader."""
+        if self.still_read is not None:
+            if self.buffer.is_cuda:
+                self.still_read.wait()
+            else:
+                self.still_read.synchronize()
+            self.still_read = None
+
+
+class StagingSlots:
+    """`num_slots` buffers of `slot_bytes` each, reused. Thread-safe."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, allocate: Callable[[int], Tensor]) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._lock = threading.Lock()
-        self._free = [torch.empty(slot_bytes, dtype=torch.uint8) for _ in range(num_slots)]
+        self._free = [Slot(allocate(slot_bytes)) for _ in range(num_slots)]
 
     @property
     def num_bytes(self) -> int:
@@ -26,12 +46,12 @@ class StagingSlots:
     def num_free(self) -> int:
         return len(self._free)
 
-    def acquire(self) -> Tensor | None:
+    def acquire(self) -> Slot | None:
         """A slot with arbitrary content; None when all are in use. The one freed last is the first: it is in cache."""
         with self._lock:
             return self._free.pop() if self._free else None
 
-    def release(self, slot: Tensor) -> None:
+    def release(self, slot: Slot) -> None:
         with self._lock:
             self._free.append(slot)
             assert len(self._free) <= self.num_slots

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
 
+import torch
+
+from common.engine.streams import beside_computation
 from common.transport.group import PairBroken, PairGroup
 
 log = logging.getLogger(__name__)
@@ -20,8 +24,8 @@ class GroupWatch:
     """Runs `work`, then `drain`, in a transfer thread, and watches the group in another.
 
     `on_end` hears, maybe more than once, that the group is over, and calls `close`. `drain` waits for the transfers
-    that are under way and forgets them. The group, and with it whatever its transfers hold on to, is let go after both
-    threads are done.
+    that are under way and forgets them. The thread has a stream of its own on `device`. The group, and with it whatever
+    its transfers hold on to, is let go after both threads are done.
     """
 
     def __init__(
@@ -29,12 +33,14 @@ class GroupWatch:
         group: PairGroup,
         name: str,
         *,
+        device: torch.device,
         work: Callable[[], None],
         drain: Callable[[], None],
         on_end: Callable[[str], None],
     ) -> None:
         self.group = group
         self._name = name
+        self._device = device
         self._work = work
         self._drain = drain
         self._on_end = on_end
@@ -64,14 +70,16 @@ class GroupWatch:
         return thread
 
     def _run_transfer(self) -> None:
-        try:
-            self._work()
-        except PairBroken as error:
-            self.end(error.message)
-        except Exception as error:
-            log.exception("bug in the transfer thread of a pair")
-            self.end(f"bug in the transfer thread: {error}")
-        self._drain()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(beside_computation(self._device))
+                self._work()
+            except PairBroken as error:
+                self.end(error.message)
+            except Exception as error:
+                log.exception("bug in the transfer thread of a pair")
+                self.end(f"bug in the transfer thread: {error}")
+            self._drain()
 
     def _run_watch(self) -> None:
         self.end(self.group.wait_for_end())
@@ -81,6 +89,11 @@ class GroupWatch:
         self.group.close()
         for thread in threads:
             thread.join()
+        try:
+            self.group.release()
+        except RuntimeError:
+            # A device that failed takes nothing back. Whoever waits for the pair's end is not to wait for it.
+            log.exception("what a pair's group holds could not be given back")
         del self.group
         self._work = self._drain = self._on_end = _nothing
         _live.discard(self)

@@ -14,6 +14,7 @@ from pdserve.worker_client import WorkerClient
 _REASONS = {
     "DISABLED": "the mode says so",
     "NO_SM_PARTITIONS": "the device cannot be split into SM partitions",
+    "PLAIN_KERNELS": "the model or the GPU is beyond the kernels of pdserve; the log of its start says why",
 }
 
 

@@ -5,84 +5,14 @@ import random
 import pytest
 import torch
 
-from common.clock import FakeClock
-from common.config import DecodeConfig
 from common.engine.kv_cache import KvCache
-from common.engine.setup import build
-from common.metrics import DecodeMetrics
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
-from decode_service.engine import Completed, DecodeEngine, Lost, Reserved, Token
-from decode_service.pipeline import Mode, PipelineScheduler
+from decode_service.engine import Completed, Lost, Reserved
 from decode_service.reservations import Verdict
-from decode_service.scheduler import DecodeScheduler
-from tests.support.models import VOCAB, dummy_model_folder, make_request
+from tests.support.engine import HandTurnedEngine
+from tests.support.models import VOCAB, make_request
 
 BLOCK = 16
-
-
-class HandTurnedEngine(DecodeEngine):
-    """A decode engine whose events are kept by sequence."""
-
-    def __init__(self, *, num_blocks=64, max_num_seqs=16, **settings) -> None:
-        config = DecodeConfig(
-            model=dummy_model_folder(),
-            load_format="dummy",
-            num_blocks=num_blocks,
-            max_num_seqs=max_num_seqs,
-            **settings,
-        )
-        self.parts = parts = build(config)
-        self.clock = FakeClock()
-        self.happened: dict = {}
-        self.gone: list = []
-        pipeline = PipelineScheduler(
-            parts.model, parts.cache, mode=Mode.AUTO, attention_sm=16, ffn_sm=16, profiling=False
-        )
-        scheduler = DecodeScheduler(
-            parts.pool, parts.prefix, max_num_seqs, config.max_batch_tokens, 64, 30.0, clock=self.clock
-        )
-        super().__init__(
-            scheduler,
-            parts.prefiller,
-            pipeline,
-            parts.cache,
-            config=parts.model.config,
-            context_length=parts.identity.context_length,
-            stream_interval_s=0.0,
-            clock=self.clock,
-            metrics=DecodeMetrics(),
-            on_events=self.record,
-            on_load=lambda load: None,
-            on_crash=lambda error: None,
-        )
-        self.on_gone = lambda pair_id, key: self.gone.append((pair_id, key))
-
-    def record(self, events):
-        for sequence, event in events:
-            self.happened.setdefault(sequence, []).append(event)
-
-    def events(self, sequence, kind):
-        return [event for event in self.happened.get(sequence, []) if isinstance(event, kind)]
-
-    def tokens(self, sequence) -> list[int]:
-        return [event.token_id for event in self.events(sequence, Token)]
-
-    def run_all(self, sequences, *, local=True):
-        """Decodes to the end, answering every preemption with a retry."""
-        for sequence in sequences:
-            self.open(sequence, local=local)
-        answered = dict.fromkeys(sequences, 0)
-        for _ in range(2000):
-            self.turn()
-            for sequence in sequences:
-                lost = self.events(sequence, Lost)
-                if len(lost) > answered[sequence]:
-                    answered[sequence] = len(lost)
-                    self.retry(sequence, lost[-1].attempt, local=local)
-            if all(self.events(sequence, Completed) for sequence in sequences):
-                self.check()
-                return [self.tokens(sequence) for sequence in sequences]
-        raise AssertionError("the engine never finished")
 
 
 def prompts(count, *, seed=0, longest=60):
@@ -222,14 +152,14 @@ class Remote:
         key = self.key if attempt is None else self.key._replace(attempt=attempt)
         fields = {"first_layer": 0, "num_layers": num_layers, "first_block": 0, "num_blocks": self.num_blocks}
         header = ChunkHeader(0, key, **{**fields, "num_bytes": payload.numel(), "checksum": 0, **changes})
-        self.engine.chunk_landed(1, header, payload, lambda status, detail: self.answers.append(status))
+        self.engine.chunk_landed(1, header, payload, lambda status, *_: self.answers.append(status))
         self.engine.turn()
         return self.answers[-1]
 
     def commit(self):
         num_bytes = self.cache.num_layers * self.num_blocks * self.cache.block_bytes
         commit = Commit(key=self.key, num_bytes=num_bytes, first_token_id=self.first_token)
-        self.engine.commit_received(1, commit, lambda status, detail: self.answers.append(status))
+        self.engine.commit_received(1, commit, lambda status, *_: self.answers.append(status))
         self.engine.turn()
         return self.answers[-1]
 

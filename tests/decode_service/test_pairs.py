@@ -29,6 +29,7 @@ from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 from tests.common.transport.fakes import (
     DECODE,
+    GLOO,
     PREFILL,
     WAIT_S,
     FakeEngine,
@@ -90,7 +91,8 @@ async def decode(serve, channel_to) -> AsyncIterator:
     """A decode worker as far as pairs go, and `client()` to talk to it."""
     engine = FakeEngine(small_cache())
     engine.reservations[7] = FakeReservation(1, [0, 1])
-    server = Server(engine, PairServer(DECODE, engine, DecodeConfig(staging_chunks=2, max_chunk_bytes=4096)))
+    config = DecodeConfig(staging_chunks=2, max_chunk_bytes=4096)
+    server = Server(engine, PairServer(DECODE, engine, config, transports=GLOO))
     engine.on_gone = server.pairs.reservation_gone
     address = await serve(
         lambda made: decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(server.pairs), made)

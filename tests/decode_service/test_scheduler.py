@@ -19,7 +19,8 @@ BLOCK = 4
 
 def make_scheduler(*, num_blocks=16, max_num_seqs=8, **settings) -> DecodeScheduler:
     pool = BlockPool(num_blocks, BLOCK)
-    defaults = {"max_batch_tokens": 64, "max_waiting": 8, "reservation_wait_s": 30.0, "clock": FakeClock()}
+    defaults = {"max_batch_tokens": 64, "max_waiting": 8, "reservation_wait_s": 30.0}
+    defaults |= {"context_length": 2048, "clock": FakeClock()}
     return DecodeScheduler(pool, PrefixCache(pool, "model"), max_num_seqs, **{**defaults, **settings})
 
 
@@ -50,6 +51,7 @@ def decode_steps(scheduler, count):
         plan = scheduler.schedule()
         preempted += plan.preempted
         for reservation in plan.decoding:
+            scheduler.launched(reservation)
             scheduler.advance(reservation, 7)
     return preempted
 
@@ -262,3 +264,42 @@ def test_ending_frees_everything_from_every_state():
         scheduler.end(reservation)
     assert scheduler.pool.num_held == 0
     scheduler.check()
+
+
+def test_a_block_is_there_before_the_step_in_flight_that_needs_it():
+    scheduler = make_scheduler()
+    reservation = run(scheduler, make_sequence(2 * BLOCK - 1, max_tokens=8))
+    for _ in range(BLOCK + 2):
+        for launched in scheduler.schedule().decoding:
+            position = launched.sequence.num_computed + launched.num_in_flight
+            assert position < len(launched.sequence.block_table) * BLOCK
+            scheduler.launched(launched)
+    assert reservation.num_in_flight > 1
+    assert reservation.sequence.num_computed == 2 * BLOCK - 1
+
+
+def test_tokens_in_flight_count_against_max_tokens_and_the_context():
+    scheduler = make_scheduler(context_length=12)
+    by_limit = run(scheduler, make_sequence(4, max_tokens=3))
+    by_context = run(scheduler, make_sequence(8, max_tokens=20, first=50))
+    steps = 0
+    while decoding := scheduler.schedule().decoding:
+        steps += 1
+        for reservation in decoding:
+            scheduler.launched(reservation)
+    assert (by_limit.num_in_flight, by_context.num_in_flight) == (2, 3)
+    assert not scheduler.can_step
+    assert steps == 3
+
+
+def test_a_preempted_reservation_has_nothing_in_flight_in_its_next_attempt():
+    scheduler = make_scheduler(num_blocks=6)
+    older, younger = run(scheduler, make_sequence(7, max_tokens=16)), run(scheduler, make_sequence(3, first=50))
+    while younger.state is State.RUNNING:
+        for reservation in scheduler.schedule().decoding:
+            scheduler.launched(reservation)
+    assert younger.num_in_flight > 0
+    scheduler.end(older)
+    scheduler.retry(younger, younger.attempt, local=False)
+    scheduler.schedule()
+    assert younger.num_in_flight == 0

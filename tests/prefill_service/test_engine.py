@@ -32,7 +32,7 @@ class FakeOutgoing:
     def num_bytes(self) -> int:
         return sum(len(blocks) for _, _, blocks in self.shipped) * self.cache.block_bytes
 
-    def ship(self, layer, first_block, block_ids) -> None:
+    def ship(self, layer, first_block, block_ids, ready) -> None:
         self.shipped.append((layer, first_block, list(block_ids)))
 
     def commit(self, commit) -> None:
@@ -94,7 +94,7 @@ def test_each_layers_blocks_are_shipped_before_the_next_layer_is_computed():
     engine = HandTurnedEngine()
     engine.begin(range(40))
     order = []
-    engine.outgoing().ship = lambda layer, first, blocks: order.append((layer, first, len(blocks)))
+    engine.outgoing().ship = lambda layer, first, blocks, ready: order.append((layer, first, len(blocks)))
     forward = engine.parts.model.model.layers
     for layer, module in enumerate(forward):
         stage = module.forward_ffn_stage

@@ -17,6 +17,7 @@ from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, router_pb2_grpc
 from prefill_service.worker import PrefillWorker
 from router.router import Router
 from tests.fakes.cluster import PATIENCE_S, Reply, eventually, generate_request
+from tests.support.device import WORKER_SETTINGS
 
 Worker = PrefillWorker | DecodeWorker
 
@@ -43,6 +44,7 @@ class Served:
 async def serve_worker(config: PrefillConfig | DecodeConfig) -> Served:
     parts = await asyncio.to_thread(build, config)
     worker = PrefillWorker(config, parts) if isinstance(config, PrefillConfig) else DecodeWorker(config, parts)
+    await asyncio.to_thread(worker.prepare)
     server = rpc.create_server()
     worker.add_to(server)
     port = rpc.bind(server, "127.0.0.1:0")
@@ -59,7 +61,7 @@ class RealCluster:
     ) -> None:
         """`settings` go to all workers; those named prefill_… or decode_… to that kind alone."""
         self._num = {PrefillConfig: num_prefill, DecodeConfig: num_decode}
-        self._settings = {"num_blocks": 512, "num_threads": 1, "model": model, **settings}
+        self._settings = {"num_blocks": 512, "num_threads": 1, "model": model, **WORKER_SETTINGS, **settings}
         self._model = model
         self.prefills: list[Served] = []
         self.decodes: list[Served] = []

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.support.device import TEST_DEVICE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_S = 60.0
@@ -37,12 +39,17 @@ class Service:
     arguments: list[str]
     address: str
     log: Path
+    environment: Mapping[str, str]
     process: subprocess.Popen = field(init=False)
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.name, *self.arguments], cwd=ROOT, stdout=log, stderr=log
+                [sys.executable, "-m", self.name, *self.arguments],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment},
             )
 
     def wait_ready(self, timeout_s: float = READY_S) -> None:
@@ -84,25 +91,33 @@ class Services:
 
 @contextlib.contextmanager
 def running_services(
-    *, prefill_args: Sequence[str] = (), decode_args: Sequence[str] = (), router_args: Sequence[str] = ()
+    *,
+    prefill_args: Sequence[str] = (),
+    decode_args: Sequence[str] = (),
+    router_args: Sequence[str] = (),
+    prefill_environment: Mapping[str, str] | None = None,
+    decode_environment: Mapping[str, str] | None = None,
+    ready_s: float = READY_S,
 ) -> Iterator[Services]:
     """Starts prefill, decode and router, waits until all are ready, and stops them at the end."""
     addresses = {name: f"127.0.0.1:{free_port()}" for name in ("prefill_service", "decode_service", "router")}
     extra = {
-        "prefill_service": list(prefill_args),
-        "decode_service": list(decode_args),
+        "prefill_service": ["--device", TEST_DEVICE, *prefill_args],
+        "decode_service": ["--device", TEST_DEVICE, *decode_args],
         "router": [
             "--prefill", addresses["prefill_service"], "--decode", addresses["decode_service"], *router_args,
         ],
     }  # fmt: skip
+    environments = {"prefill_service": prefill_environment, "decode_service": decode_environment}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         services = {}
         for name, address in addresses.items():
             arguments = ["--listen", address, "--metrics-listen", "", *extra[name]]
-            service = Service(name, arguments, address, Path(folder) / f"{name}.log")
+            log = Path(folder) / f"{name}.log"
+            service = Service(name, arguments, address, log, environments.get(name) or {})
             service.start()
             stack.callback(service.stop)
             services[name] = service
         for service in services.values():
-            service.wait_ready()
+            service.wait_ready(ready_s)
         yield Services(services["router"], services["prefill_service"], services["decode_service"])

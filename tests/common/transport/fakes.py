@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 import torch
 
 from common.engine.kv_cache import KvCache
+from common.engine.kv_writer import KvWriter
 from common.model.config import ModelConfig
 from common.transport.gloo import GlooGroup, GlooJoining
 from common.transport.group import DECODE_RANK, PREFILL_RANK
 from common.transport.messages import AttemptKey, AttemptOutcome, ChunkHeader, Commit, PairIdentity, TransferStatus
+from common.transport.places import place_of
+from common.transport.transports import Transports
 from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2_grpc
 
@@ -25,6 +28,9 @@ NUM_LAYERS = 3
 
 PREFILL = PairIdentity("prefill-0", "prefill-boot", "digest", "layout")
 DECODE = PairIdentity("decode-0", "decode-boot", "digest", "layout")
+CPU = torch.device("cpu")
+# What a worker on a CPU has.
+GLOO = Transports(("gloo",), CPU, place_of(CPU))
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -43,7 +49,7 @@ async def until_async(condition: Callable[[], object]) -> None:
 
 
 def small_cache(
-    num_blocks: int = 16, *, num_layers: int = NUM_LAYERS, head_dim: int = 8, random: bool = False
+    num_blocks: int = 16, *, num_layers: int = NUM_LAYERS, head_dim: int = 8, random: bool = False, device: str = "cpu"
 ) -> KvCache:
     """Blocks of 2 x 16 x 2 x head_dim fp32: 2 KiB a layer by default."""
     config = ModelConfig(
@@ -62,7 +68,7 @@ def small_cache(
         dtype="float32",
         eos_token_ids=(0,),
     )
-    cache = KvCache(config, num_blocks, 16, torch.float32, "cpu")
+    cache = KvCache(config, num_blocks, 16, torch.float32, device)
     if random:
         for layer in cache.layers:
             layer.normal_()
@@ -87,6 +93,7 @@ class FakeEngine:
     on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
 
     def __post_init__(self) -> None:
+        self._writer = KvWriter(self.cache)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running = threading.Event()
         self._running.set()
@@ -140,19 +147,20 @@ class FakeEngine:
             return TransferStatus.FENCED, f"{key} is over"
         return TransferStatus.OK, ""
 
-    def _write(self, header: ChunkHeader, payload: torch.Tensor) -> tuple[TransferStatus, str]:
-        verdict = self._verdict(header.key)
+    def _write(self, header: ChunkHeader, payload: torch.Tensor) -> tuple[TransferStatus, str, torch.cuda.Event | None]:
+        verdict, still_read = self._verdict(header.key), None
         if verdict[0] is TransferStatus.OK:
             block_ids = self.reservations[header.key.reservation].block_ids
             block_ids = block_ids[header.first_block : header.first_block + header.num_blocks]
             if len(block_ids) != header.num_blocks or header.first_layer + header.num_layers > self.cache.num_layers:
-                return TransferStatus.INVALID, "does not fit"
-            self.cache.scatter(header.first_layer, header.num_layers, block_ids, payload)
-        return verdict
+                return TransferStatus.INVALID, "does not fit", None
+            still_read = self._writer.write(header.first_layer, header.num_layers, block_ids, payload)
+        return *verdict, still_read
 
     def _commit(self, commit: Commit) -> tuple[TransferStatus, str]:
         verdict = self._verdict(commit.key)
         if verdict[0] is TransferStatus.OK:
+            self._writer.join()
             self.reservations[commit.key.reservation].committed = commit
         return verdict
 
@@ -194,6 +202,10 @@ class FaultyGroup:
         self.wait_for_end = group.wait_for_end
         self.close = group.close
         self.receive = group.receive
+        self.device = group.device
+        self.send_buffer = group.send_buffer
+        self.receive_buffer = group.receive_buffer
+        self.release = group.release
 
     def send(self, payload: torch.Tensor):
         if self.num_sent == self.corrupt_send:

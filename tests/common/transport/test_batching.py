@@ -26,6 +26,44 @@ def test_consecutive_layers_of_the_same_blocks_share_a_chunk_as_far_as_it_reache
     assert drain(spans) == [Span(0, 2, 0, (4, 9, 2)), Span(2, 2, 0, (4, 9, 2)), Span(4, 1, 0, (4, 9, 2))]
 
 
+class Layer:
+    """Computed or not."""
+
+    def __init__(self, computed: bool) -> None:
+        self.computed = computed
+
+    def query(self) -> bool:
+        return self.computed
+
+    def wait(self) -> None:
+        raise AssertionError("the queue never waits")
+
+
+def test_layers_that_are_still_computed_keep_nobody_back() -> None:
+    spans = SpanQueue(block_bytes=10, max_chunk_bytes=100)
+    layers = [Layer(True), Layer(True), Layer(False), Layer(False)]
+    for number, ready in enumerate(layers):
+        spans.push(number, 0, [4, 9], ready)
+    assert spans.pop() == Span(0, 2, 0, (4, 9), layers[1])
+    assert spans.pop() == Span(2, 1, 0, (4, 9), layers[2])
+    layers[3].computed = True
+    assert spans.pop() == Span(3, 1, 0, (4, 9), layers[3])
+
+
+def test_parts_of_one_layer_become_ready_together() -> None:
+    spans = SpanQueue(block_bytes=10, max_chunk_bytes=40)
+    ready = Layer(False)
+    spans.push(0, 0, [1, 2, 3, 4, 5], ready)
+    assert [span.ready for span in drain(spans)] == [ready, ready]
+
+
+def test_large_runs_are_merged_too_where_nothing_is_sent_from_the_cache() -> None:
+    spans = SpanQueue(block_bytes=MIN_DIRECT_BYTES, max_chunk_bytes=10 * MIN_DIRECT_BYTES, direct=False)
+    spans.push(0, 0, [1, 2])
+    spans.push(1, 0, [1, 2])
+    assert drain(spans) == [Span(0, 2, 0, (1, 2))]
+
+
 def test_other_blocks_or_a_layer_in_between_start_a_new_chunk() -> None:
     spans = SpanQueue(block_bytes=10, max_chunk_bytes=1000)
     for layer, first, ids in ((0, 0, [1]), (1, 0, [1]), (3, 0, [1]), (4, 1, [1]), (5, 1, [2])):

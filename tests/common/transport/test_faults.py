@@ -15,7 +15,7 @@ from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2_grpc
 from prefill_service.pairs import PairRegistry
 from tests.common.transport import child
-from tests.common.transport.fakes import DECODE, PREFILL, WAIT_S, PairServicer, until_async
+from tests.common.transport.fakes import DECODE, GLOO, PREFILL, WAIT_S, PairServicer, until_async
 
 MODULE = ("-m", "tests.common.transport.child")
 # Keepalive takes 2 s at most; the transfer itself would time out after 10.
@@ -38,7 +38,7 @@ async def ship_once_it_is_back(registry: PairRegistry, endpoint: str) -> Attempt
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 async def test_decode_survives_its_prefill_worker(serve, spawn, fault) -> None:
     engine = child.engine()
-    pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS))
+    pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS), transports=GLOO)
     endpoint = await serve(
         lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(pairs), server)
     )
@@ -65,7 +65,7 @@ async def test_decode_survives_its_prefill_worker(serve, spawn, fault) -> None:
 
 async def test_a_process_that_ends_without_closing_its_pairs_ends_well(serve, spawn) -> None:
     engine = child.engine()
-    pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS))
+    pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS), transports=GLOO)
     endpoint = await serve(
         lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(pairs), server)
     )
@@ -79,7 +79,7 @@ async def test_a_process_that_ends_without_closing_its_pairs_ends_well(serve, sp
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 async def test_prefill_survives_its_decode_worker(spawn, fault) -> None:
-    registry = PairRegistry(PREFILL, child.cache(), PrefillConfig())
+    registry = PairRegistry(PREFILL, child.cache(), PrefillConfig(), transports=GLOO)
     decode = spawn(*MODULE, "decode", "127.0.0.1:0")
     endpoint = await read_line(decode)
     shipping = asyncio.create_task(child.ship_until_lost(registry, endpoint))

@@ -118,4 +118,4 @@ async def test_a_stranger_is_refused_by_both_sides(stranger: Credentials) -> Non
 
 def test_no_side_accepts_its_own_proof() -> None:
     credentials = Credentials(new_token(), "p1", "d1")
-    assert credentials.proof(PREFILL_RANK) != credentials.proof(DECODE_RANK)
+    assert credentials.proof(PREFILL_RANK, "gloo") != credentials.proof(DECODE_RANK, "gloo")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import xxhash
@@ -12,7 +13,7 @@ import xxhash
 from common.transport.checksum import checksum
 from common.transport.outbox import Outbox
 from common.transport.serial import Serial
-from common.transport.staging import StagingSlots
+from common.transport.staging import Slot, StagingSlots
 from tests.common.transport.fakes import WAIT_S
 
 
@@ -23,13 +24,23 @@ def test_the_checksum_is_xxh3_64_of_the_bytes_of_a_slice() -> None:
 
 
 def test_staging_slots_are_bounded_and_reused() -> None:
-    staging = StagingSlots(2, 64)
+    staging = StagingSlots(2, 64, partial(torch.empty, dtype=torch.uint8))
     first, second = staging.acquire(), staging.acquire()
     assert staging.acquire() is None
     staging.release(second)
     assert staging.acquire() is second
-    assert first.numel() == 64
+    assert first.buffer.numel() == 64
     assert staging.num_bytes == 128
+
+
+def test_a_slot_is_written_again_only_after_its_reader() -> None:
+    waited = []
+    slot = Slot(torch.empty(8, dtype=torch.uint8))
+    slot.wait_until_read()
+    slot.still_read = SimpleNamespace(synchronize=lambda: waited.append("thread"))
+    slot.wait_until_read()
+    slot.wait_until_read()
+    assert waited == ["thread"]
 
 
 def test_actions_are_performed_in_the_order_of_the_steps_that_asked_for_them() -> None:

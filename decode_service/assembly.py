@@ -1,0 +1,92 @@
+"""Puts a decode engine together from a worker's parts, and prepares it for serving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common.clock import Clock, monotonic
+from common.config import DecodeConfig
+from common.engine.setup import WorkerParts, capturing, prepare_prefill, preparing
+from common.load import Load
+from common.metrics import DecodeMetrics
+from decode_service.engine import DecodeEngine, OnEvents
+from decode_service.pipeline import Mode, PipelineScheduler
+from decode_service.runner import DecodeRunner, HostRunner
+from decode_service.scheduler import DecodeScheduler
+
+
+def make_engine(
+    config: DecodeConfig,
+    parts: WorkerParts,
+    *,
+    metrics: DecodeMetrics,
+    on_events: OnEvents,
+    on_load: Callable[[Load], None],
+    on_crash: Callable[[BaseException], None],
+    clock: Clock = monotonic,
+) -> DecodeEngine:
+    """The engine of one worker, not started yet."""
+    pipeline = PipelineScheduler(
+        parts.model,
+        parts.cache,
+        mode=Mode(config.decode_pipeline),
+        attention_sm=config.decode_attention_sm,
+        ffn_sm=config.decode_ffn_sm,
+        profiling=config.decode_pipeline_profiling,
+    )
+    scheduler = DecodeScheduler(
+        parts.pool,
+        parts.prefix,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_waiting=config.max_waiting_requests,
+        reservation_wait_s=config.reservation_wait_s,
+        context_length=parts.identity.context_length,
+        clock=clock,
+    )
+    return DecodeEngine(
+        scheduler,
+        parts.prefiller,
+        pipeline,
+        make_runner(config, parts, pipeline),
+        parts.cache,
+        config=parts.model.config,
+        stream_interval_s=config.stream_interval_ms / 1e3,
+        clock=clock,
+        metrics=metrics,
+        on_events=on_events,
+        on_load=on_load,
+        on_crash=on_crash,
+    )
+
+
+def prepare(config: DecodeConfig, parts: WorkerParts, engine: DecodeEngine) -> None:
+    """Compiles, allocates and captures what serving needs, before the engine starts. Takes seconds."""
+    with preparing(parts.device):
+        prepare_prefill(config, parts)
+        if parts.device.type == "cuda" and parts.model.operations.replayable:
+            from decode_service.device_runner import DeviceRunner
+
+            assert isinstance(engine.runner, DeviceRunner)
+            if config.enforce_eager:
+                engine.runner.warm_up()
+                return
+            with capturing("decode", parts.device) as progress:
+                engine.runner.capture(progress)
+
+
+def make_runner(config: DecodeConfig, parts: WorkerParts, pipeline: PipelineScheduler) -> DecodeRunner:
+    """What runs the steps on this device."""
+    max_num_seqs, vocab_size = config.max_num_seqs, parts.model.config.vocab_size
+    if not parts.model.operations.replayable:
+        return HostRunner(pipeline, parts.cache, max_num_seqs=max_num_seqs, vocab_size=vocab_size)
+    # Its kernels need Triton, which a machine without a GPU need not have.
+    from decode_service.device_runner import DeviceRunner
+
+    return DeviceRunner(
+        pipeline,
+        parts.cache,
+        max_num_seqs=max_num_seqs,
+        vocab_size=vocab_size,
+        context_length=parts.identity.context_length,
+    )

@@ -1,0 +1,206 @@
+"""The decode batch on the device: keeps its rows in step with the scheduler, launches steps, brings tokens back."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.engine.buckets import batch_buckets
+from common.engine.kv_cache import KvCache
+from common.engine.prefiller import add_to_state
+from common.engine.sampler import NonFiniteLogits, SampledBatch
+from common.engine.sampling_state import SamplingState
+from common.engine.special_rows import PackedLogprobs, SpecialRows
+from common.kernels.sampling import sample
+from common.params import TokenLogprob, is_special
+from decode_service.pipeline import PipelineScheduler
+from decode_service.reservations import Reservation
+from decode_service.rows import DecodeRows
+
+# Called with (captured, to be captured).
+Progress = Callable[[int, int], None]
+
+
+class DeviceStep:
+    """See `decode_service.runner.Step`."""
+
+    def __init__(
+        self, rows: list[tuple[Reservation, int]], drawn: Tensor, logprobs: PackedLogprobs | None, num_rows: int
+    ) -> None:
+        """`drawn` is int32: `num_rows` token ids, then as many float32 scores."""
+        self.rows = rows
+        self._num_rows = num_rows
+        self._logprobs = logprobs
+        self._host = _to_host(drawn)
+        self._host_logprobs = None if logprobs is None else _to_host(logprobs.values)
+        self._event = None
+        if drawn.device.type == "cuda":
+            # Blocking: the waiting thread sleeps rather than spins.
+            self._event = torch.cuda.Event(blocking=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+    def read(self) -> SampledBatch:
+        self.wait()
+        num_rows = len(self.rows)
+        token_ids = self._host[:num_rows].tolist()
+        scores = self._host[self._num_rows : self._num_rows + num_rows].view(torch.float32).tolist()
+        logprobs: list[TokenLogprob | None] = [None] * num_rows
+        if self._logprobs is not None:
+            assert self._host_logprobs is not None
+            for row, logprob in self._logprobs.unpack(self._host_logprobs.tolist()).items():
+                logprobs[row] = logprob
+        sampled = SampledBatch(token_ids, logprobs)
+        faulty = tuple(row for row, score in enumerate(scores) if not math.isfinite(score))
+        if faulty:
+            raise NonFiniteLogits(faulty, sampled)
+        return sampled
+
+
+class DeviceRunner:
+    """See `decode_service.runner.DecodeRunner`."""
+
+    max_in_flight = 2
+
+    def __init__(
+        self, pipeline: PipelineScheduler, cache: KvCache, *, max_num_seqs: int, vocab_size: int, context_length: int
+    ) -> None:
+        self._pipeline = pipeline
+        self._buckets = batch_buckets(max_num_seqs)
+        self._rows = DecodeRows(
+            max_num_seqs,
+            table_width=-(-context_length // cache.block_size),
+            block_size=cache.block_size,
+            scratch_block=cache.scratch_block,
+            device=cache.device,
+        )
+        self._drawn = torch.zeros(2 * max_num_seqs, dtype=torch.int32, device=cache.device)
+        self._token_ids_S = self._drawn[:max_num_seqs]
+        self._scores_S = self._drawn[max_num_seqs:].view(torch.float32)
+        # Of special rows alone.
+        self._state = SamplingState(max_num_seqs, vocab_size, cache.device)
+        # With their slots in the state.
+        self._special: dict[Reservation, int] = {}
+        self._special_rows: SpecialRows | None = None
+        self._order: list[Reservation] = []
+        self._row_of: dict[Reservation, int] = {}
+        # Runs no more, or not in this row: its row is cleared with the next launch.
+        self._left: set[Reservation] = set()
+        # Blocks of each row's table that the device knows.
+        self._num_blocks: list[int] = []
+
+    def warm_up(self) -> None:
+        """Runs a step of every batch bucket over rows out of use, so that what is compiled or allocated lazily exists.
+
+        `capture` does so too.
+        """
+        self._warm_up_edits()
+        for size in reversed(self._buckets):
+            self._pipeline.decode_token(self._rows.batch(size), self._finish)
+
+    def capture(self, progress: Progress) -> int:
+        """Captures a graph for every batch bucket, the largest first; how many."""
+        self._warm_up_edits()
+        for done, size in enumerate(reversed(self._buckets)):
+            progress(done, len(self._buckets))
+            # A batch derives what it needs once; a graph has to derive it again with every replay.
+            self._pipeline.capture(lambda size=size: self._rows.batch(size), self._finish)  # type: ignore[misc]
+        progress(len(self._buckets), len(self._buckets))
+        return len(self._buckets)
+
+    def launch(self, decoding: list[Reservation]) -> DeviceStep:
+        self._arrange(decoding)
+        self._rows.flush()
+        num_rows = len(self._order)
+        size = self._buckets[bisect_left(self._buckets, num_rows)]
+        logits_SV = self._pipeline.decode_token(self._rows.batch(size), self._finish)
+        logprobs = None
+        if self._special_rows is not None:
+            logprobs = self._special_rows.draw(
+                logits_SV, self._rows.sampling(size), self._rows.positions_S[:size], self._token_ids_S, self._scores_S
+            )
+            self._rows.token_ids_S[:num_rows].copy_(self._token_ids_S[:num_rows])
+        rows = [(reservation, reservation.attempt) for reservation in self._order]
+        return DeviceStep(rows, self._drawn, logprobs, self._rows.num_rows)
+
+    def leave(self, reservation: Reservation) -> None:
+        if reservation in self._row_of:
+            self._left.add(reservation)
+
+    def _warm_up_edits(self) -> None:
+        self._rows.clear(0)
+        self._rows.flush()
+
+    def _finish(self, logits_SV: Tensor) -> None:
+        """The end of every step, captured with it: draws each row's token and makes it the next step's input."""
+        num_rows = len(logits_SV)
+        tokens_S = self._token_ids_S[:num_rows]
+        positions_S = self._rows.positions_S[:num_rows]
+        sample(logits_SV, self._rows.sampling(num_rows), positions_S + 1, tokens_S, self._scores_S[:num_rows])
+        self._rows.advance(tokens_S)
+
+    def _arrange(self, decoding: list[Reservation]) -> None:
+        """Makes the rows in use those of `decoding`: holes close, newcomers go to the end, tables grow."""
+        staying = set(decoding) - self._left
+        # From the end, so that the row that closes a hole is one that stays.
+        for reservation in [r for r in reversed(self._order) if r not in staying]:
+            self._remove(reservation)
+        self._left.clear()
+        for row, reservation in enumerate(self._order):
+            table = reservation.sequence.block_table
+            if len(table) != self._num_blocks[row]:
+                self._rows.grow(row, table, self._num_blocks[row], _position(reservation))
+                self._num_blocks[row] = len(table)
+        for reservation in decoding:
+            if reservation not in self._row_of:
+                self._append(reservation)
+        if self._special and self._special_rows is None:
+            rows = [self._row_of[reservation] for reservation in self._special]
+            self._special_rows = SpecialRows(self._state, rows, list(self._special.values()))
+
+    def _append(self, reservation: Reservation) -> None:
+        row, sequence = len(self._order), reservation.sequence
+        request = sequence.request
+        special = is_special(request.sampling, request.stopping.min_tokens, request.num_logprobs)
+        if special:
+            add_to_state(self._state, reservation.slot, sequence)
+            self._special[reservation] = reservation.slot
+            self._special_rows = None
+        self._rows.put(row, sequence, position=_position(reservation), stops_here=not special)
+        self._order.append(reservation)
+        self._row_of[reservation] = row
+        self._num_blocks.append(len(sequence.block_table))
+
+    def _remove(self, reservation: Reservation) -> None:
+        """Moves the last row into the hole. The host may not know its newest token yet."""
+        row = self._row_of.pop(reservation)
+        last = self._order.pop()
+        self._num_blocks.pop()
+        if last is not reservation:
+            special = last in self._special
+            self._rows.move(len(self._order), row, last.sequence, position=_position(last), stops_here=not special)
+            self._order[row], self._row_of[last] = last, row
+            self._num_blocks[row] = len(last.sequence.block_table)
+        self._rows.clear(len(self._order))
+        if reservation in self._special:
+            self._state.remove(self._special.pop(reservation))
+        # The rows of those that remain may have changed.
+        self._special_rows = None
+
+
+def _position(reservation: Reservation) -> int:
+    """Of the newest token: what the next step computes."""
+    return reservation.sequence.num_computed + reservation.num_in_flight
+
+
+def _to_host(values: Tensor) -> Tensor:
+    if values.device.type == "cpu":
+        return values.clone()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
