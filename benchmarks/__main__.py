@@ -1,20 +1,92 @@
-"""`python -m benchmarks [NAME ...]`: runs the named benchmarks, or all, and keeps their results."""
+"""`python -m benchmarks [NAME ...] [ARGUMENT ...]`: runs the named benchmarks, or all of this machine, and keeps their
+results.
+
+Each runs in a process of its own, and what measures several models in one for each: an engine's memory on the GPU goes
+only with its process. Models among the arguments choose, whatever else there is goes to every benchmark named. One that
+fails does not keep the others from running.
+"""
 
 from __future__ import annotations
 
-import importlib
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
 
-NAMES = ("versus_transformers", "handover", "kv_transport", "router_cost", "memory_growth")
+from benchmarks.shapes import SHAPES
+
+ON_CPU = ("versus_transformers", "handover", "kv_transport", "router_cost", "memory_growth")
+ON_GPU = (
+    "decode_step",
+    "prefill",
+    "mixed_workload",
+    "through_services",
+    "handover_gpu",
+    "interference",
+    "agreement",
+    "determinism_cost",
+    "kv_transport_gpu",
+    "overlap_trace",
+    "attention",
+    "step_profile",
+    "summary",
+)
+NAMES = ON_CPU + ON_GPU
+# Those that are told a model.
+OF_MODELS = ("decode_step", "prefill", "attention", "step_profile")
 
 
-def main(names: list[str]) -> None:
-    unknown = [name for name in names if name not in NAMES]
-    if unknown:
-        sys.exit(f"no benchmark {unknown[0]!r}; there are: {', '.join(NAMES)}")
-    for name in names or NAMES:
-        print(f"== {name}", flush=True)
-        importlib.import_module(f"benchmarks.{name}").run()
+def plan(arguments: Sequence[str], *, has_gpu: bool) -> list[tuple[str, ...]]:
+    """What to run, each as the name of a benchmark and its arguments.
+
+    Raises:
+        SystemExit: an argument is no benchmark where one is due, or a benchmark does not measure the model asked for.
+    """
+    num_names = next((index for index, word in enumerate(arguments) if word not in NAMES), len(arguments))
+    names, rest = arguments[:num_names], arguments[num_names:]
+    if rest and not names:
+        raise SystemExit(f"no benchmark {rest[0]!r}; there are: {', '.join(NAMES)}")
+    models = [word for word in rest if word in SHAPES]
+    others = [word for word in rest if word not in SHAPES]
+    runs: list[tuple[str, ...]] = []
+    for name in names or (ON_GPU if has_gpu else ON_CPU):
+        if name in OF_MODELS:
+            runs += [(name, model, *others) for model in models or SHAPES]
+        elif models:
+            raise SystemExit(f"{name} is not told a model; those that are: {', '.join(OF_MODELS)}")
+        else:
+            runs.append((name, *others))
+    return runs
+
+
+def run(runs: Sequence[Sequence[str]]) -> list[str]:
+    """Those that failed."""
+    failed = []
+    for name, *arguments in runs:
+        title = " ".join([name, *arguments])
+        print(f"== {title}", flush=True)
+        started_s = time.monotonic()
+        # What is measured on a CPU is kept as a CPU's, also where there is a GPU.
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if name in ON_CPU else {})
+        command = [sys.executable, "-u", "-m", f"benchmarks.{name}", *arguments]
+        code = subprocess.run(command, env=environment).returncode
+        outcome = f"FAILED with exit code {code}" if code else "done"
+        print(f"== {title}: {outcome} after {time.monotonic() - started_s:.0f} s", flush=True)
+        if code:
+            failed.append(title)
+    return failed
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main(arguments: list[str]) -> None:
+    if failed := run(plan(arguments, has_gpu=not arguments and has_gpu())):
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

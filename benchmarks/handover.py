@@ -7,11 +7,10 @@ import statistics
 
 from benchmarks.direct import DirectClient, Timeline
 from benchmarks.report import Report
-from common.config import TINY_MODEL
-from common.tokenization import Tokenizer
 from tests.support.processes import running_services
 
 REPEATS = 60
+WARM_UP = 5
 LENGTHS = (64, 512, 1536)
 
 
@@ -28,16 +27,19 @@ def handover_ms(timeline: Timeline) -> float:
     return (times[1] - timeline.prefill_called - before - step) * 1e3
 
 
-async def measure(prefill: str, decode: str, length: int) -> tuple[list[float], list[Timeline]]:
-    tokenizer = Tokenizer.load(TINY_MODEL)
-    assert tokenizer is not None
+async def measure(
+    prefill: str, decode: str, length: int, *, repeats: int = REPEATS, num_tokens: int = 24
+) -> tuple[list[float], list[Timeline]]:
+    """Milliseconds of every request, and what they are made of; one after the other, a few to warm up left out."""
     async with DirectClient(prefill, decode) as client:
-        timelines = []
-        for index in range(REPEATS + 5):
-            token_ids = [(index * 131 + place * 7 + length) % 1801 + 100 for place in range(length)]
-            timelines.append(await client.generate(token_ids, 24))
-    kept = timelines[5:]
+        timelines = [await client.generate(token_ids(index, length), num_tokens) for index in range(repeats + WARM_UP)]
+    kept = timelines[WARM_UP:]
     return [handover_ms(timeline) for timeline in kept], kept
+
+
+def token_ids(index: int, length: int) -> list[int]:
+    """A prompt of its own for each index."""
+    return [(index * 131 + place * 7 + length) % 1801 + 100 for place in range(length)]
 
 
 def run() -> None:
@@ -56,3 +58,7 @@ def run() -> None:
             )
     report.notes = [f"{REPEATS} requests one after the other; no prefix is cached on either side."]
     report.save()
+
+
+if __name__ == "__main__":
+    run()

@@ -28,27 +28,30 @@ from benchmarks.report import Report
 from common import rpc
 from common.config import DecodeConfig, PrefillConfig
 from common.engine.kv_cache import KvCache
+from common.engine.kv_writer import KvWriter
+from common.engine.streams import sleep_until_done
 from common.model.config import ModelConfig
 from common.transport.gloo import GlooGroup, GlooJoining
-from common.transport.group import DECODE_RANK, PREFILL_RANK
+from common.transport.group import DECODE_RANK, PREFILL_RANK, PairGroup
 from common.transport.messages import AttemptKey, AttemptOutcome, Commit, PairIdentity, TransferStatus
+from common.transport.transports import Transports
 from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2_grpc
 from prefill_service.pairs import PairRegistry
 
 NUM_LAYERS = 16
 WAIT_S = 60.0
-# In flight at once in the bare measurement, as many as the pair has slots.
 LAYOUTS = ("scattered", "runs")
+GLOO = Transports.of(("gloo",), torch.device("cpu"))
 
 
-def make_cache(block_kib: int, prompt_mib: int) -> KvCache:
+def make_cache(block_kib: int, prompt_mib: int, num_layers: int = NUM_LAYERS, device: str = "cpu") -> KvCache:
     """Twice the blocks that a prompt of `prompt_mib` needs."""
     head_dim = 128
     num_kv_heads = block_kib * 1024 // (2 * 16 * head_dim * 2)
     config = ModelConfig(
         model_id="kv-only",
-        num_layers=NUM_LAYERS,
+        num_layers=num_layers,
         hidden_size=1,
         num_heads=num_kv_heads,
         num_kv_heads=num_kv_heads,
@@ -62,8 +65,8 @@ def make_cache(block_kib: int, prompt_mib: int) -> KvCache:
         dtype="bfloat16",
         eos_token_ids=(),
     )
-    num_blocks = prompt_mib * 1024 // block_kib // NUM_LAYERS
-    return KvCache(config, 2 * num_blocks, 16, torch.bfloat16, "cpu")
+    num_blocks = prompt_mib * 1024 // block_kib // num_layers
+    return KvCache(config, 2 * num_blocks, 16, torch.bfloat16, device)
 
 
 def block_table(layout: str, cache: KvCache, seed: int) -> list[int]:
@@ -78,7 +81,8 @@ class Engine:
     """A KvSink that scatters in a thread of its own and believes everything."""
 
     def __init__(self, cache: KvCache) -> None:
-        self._cache = cache
+        self._device = cache.device
+        self._writer = KvWriter(cache)
         self._tables = [block_table(layout, cache, seed=2) for layout in LAYOUTS]
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
@@ -101,11 +105,16 @@ class Engine:
     def _run(self) -> None:
         while True:
             header, payload, done = self._inbox.get()
+            still_read = None
             if header is not None:
                 table = self._tables[header.key.reservation]
                 blocks = table[header.first_block : header.first_block + header.num_blocks]
-                self._cache.scatter(header.first_layer, header.num_layers, blocks, payload)
-            done(TransferStatus.OK, "")
+                still_read = self._writer.write(header.first_layer, header.num_layers, blocks, payload)
+            else:
+                # What is measured ends when everything has been written.
+                self._writer.join()
+                sleep_until_done(self._device)
+            done(TransferStatus.OK, "", still_read)
 
 
 class Servicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -125,10 +134,11 @@ async def meet(rank: int, connection: Connection) -> GlooGroup:
     return await joining.connect(await asyncio.to_thread(connection.recv))
 
 
-def run_bare(group: GlooGroup, rank: int, num_bytes: int, chunk_bytes: int, depth: int) -> float:
+def run_bare(group: PairGroup, rank: int, num_bytes: int, chunk_bytes: int, depth: int) -> float:
     """Seconds to move `num_bytes` in chunks, `depth` under way."""
     begin = group.send if rank == PREFILL_RANK else group.receive
-    buffers = [torch.zeros(chunk_bytes, dtype=torch.uint8) for _ in range(depth)]
+    allocate = group.send_buffer if rank == PREFILL_RANK else group.receive_buffer
+    buffers = [allocate(chunk_bytes).zero_() for _ in range(depth)]
     in_flight: deque = deque()
     started_s = time.perf_counter()
     for number in range(num_bytes // chunk_bytes):
@@ -146,6 +156,7 @@ async def decode(connection: Connection, options: argparse.Namespace) -> None:
         PairIdentity("decode", "boot", "same", "same"),
         Engine(make_cache(options.block_kib, options.prompt_mib)),
         DecodeConfig(max_chunk_bytes=options.chunk_bytes, staging_chunks=options.slots),
+        transports=GLOO,
     )
     server = rpc.create_server()
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(Servicer(pairs), server)
@@ -158,7 +169,9 @@ async def decode(connection: Connection, options: argparse.Namespace) -> None:
     await server.stop(None)
 
 
-async def ship(registry: PairRegistry, endpoint: str, cache: KvCache, layout: str) -> float:
+async def ship(
+    registry: PairRegistry, endpoint: str, cache: KvCache, layout: str, blocks: list[int] | None = None
+) -> float:
     """Seconds from the first layer shipped until decode has acknowledged the commit."""
     pair = await registry.acquire(endpoint, timeout_s=WAIT_S)
     loop, done = asyncio.get_running_loop(), asyncio.Event()
@@ -168,10 +181,10 @@ async def ship(registry: PairRegistry, endpoint: str, cache: KvCache, layout: st
         outcomes.append(outcome)
         loop.call_soon_threadsafe(done.set)
 
-    blocks = block_table(layout, cache, seed=1)
+    blocks = blocks or block_table(layout, cache, seed=1)
     started_s = time.perf_counter()
     attempt = pair.begin(AttemptKey(LAYOUTS.index(layout), 1), on_done)
-    for layer in range(NUM_LAYERS):
+    for layer in range(cache.num_layers):
         attempt.ship(layer, 0, blocks)
     attempt.commit(Commit(attempt.key, attempt.num_bytes, first_token_id=0))
     await done.wait()
@@ -182,7 +195,8 @@ async def ship(registry: PairRegistry, endpoint: str, cache: KvCache, layout: st
 async def prefill(connection: Connection, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     cache = make_cache(options.block_kib, options.prompt_mib)
-    registry = PairRegistry(PairIdentity("prefill", "boot", "same", "same"), cache, PrefillConfig())
+    identity = PairIdentity("prefill", "boot", "same", "same")
+    registry = PairRegistry(identity, cache, PrefillConfig(), transports=GLOO)
     endpoint = f"127.0.0.1:{connection.recv()}"
     group = await meet(PREFILL_RANK, connection)
     total = options.prompt_mib * 2**20

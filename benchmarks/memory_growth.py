@@ -85,3 +85,7 @@ def run() -> None:
         )
     report.notes = [f"KV blocks in use at the end: {sum(used.values())}."]
     report.save()
+
+
+if __name__ == "__main__":
+    run()

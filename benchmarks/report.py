@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,19 @@ from importlib import metadata
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("torch", "transformers", "grpcio", "protobuf", "tokenizers", "uvloop", "xxhash")
+PACKAGES = (
+    "torch",
+    "triton",
+    "flash-attn",
+    "fa3-fwd",
+    "flashinfer-python",
+    "transformers",
+    "grpcio",
+    "protobuf",
+    "tokenizers",
+    "uvloop",
+    "xxhash",
+)
 
 
 @dataclass
@@ -23,6 +36,8 @@ class Report:
 
     name: str
     title: str
+    # The one model that this run measured, where the benchmark has several; it has results of its own.
+    model: str = field(default="", kw_only=True)
     rows: list[dict[str, object]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -31,33 +46,42 @@ class Report:
         print("  " + "  ".join(f"{key}={_text(value)}" for key, value in row.items()), flush=True)
 
     def save(self) -> Path:
-        """Writes benchmarks/results/<hardware>-<name>.{json,md}; a later run on the same hardware replaces it."""
+        """Writes benchmarks/results/<hardware>-<name>[-<model>].{json,md}; a later run there replaces it."""
         setting = environment()
         RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / f"{setting['slug']}-{self.name}"
+        stem = RESULTS / "-".join(filter(None, (str(setting["slug"]), self.name, self.model.lower())))
         content = {"name": self.name, "title": self.title, **setting, "rows": self.rows, "notes": self.notes}
-        stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-        stem.with_suffix(".md").write_text(self._markdown(setting))
-        return stem.with_suffix(".md")
+        # Not with_suffix: a model's name has a dot.
+        Path(f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
+        path = Path(f"{stem}.md")
+        path.write_text(self._markdown(setting))
+        print(f"  kept in {path.relative_to(RESULTS.parent.parent)}", flush=True)
+        return path
 
     def _markdown(self, setting: Mapping[str, object]) -> str:
         facts = [f"- {key}: {value}" for key, value in setting.items() if key != "slug"]
-        return "\n".join([f"# {self.title}", "", *facts, "", *_table(self.rows), "", *self.notes, ""])
+        title = f"{self.title}, {self.model}" if self.model else self.title
+        return "\n".join([f"# {title}", "", *facts, "", *table(self.rows), "", *self.notes, ""])
 
 
 def environment() -> dict[str, object]:
     """Hardware, versions, commit and command of this run."""
-    cpu = _cpu_name()
-    cores = len(os.sched_getaffinity(0))
+    slug, hardware = _gpu() or _cpu()
     return {
-        "slug": f"cpu-{cores}-cores",
-        "hardware": f"{cores} cores of {cpu}",
+        "slug": slug,
+        "hardware": hardware,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
-        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES),
+        "versions": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
         "commit": _commit(),
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
+
+
+def _module() -> str:
+    """What `python -m` was given."""
+    spec = sys.modules["__main__"].__spec__
+    return "benchmarks" if spec is None else spec.name.removesuffix(".__main__")
 
 
 def _commit() -> str:
@@ -66,8 +90,39 @@ def _commit() -> str:
             ["git", *arguments], capture_output=True, text=True, check=True, cwd=RESULTS.parent
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
-    return git("rev-parse", "--short=12", "HEAD") + (" with uncommitted changes" if changed else "")
+    # A machine that got a copy of the tree without its history is told.
+    if told := os.environ.get("PDSERVE_COMMIT"):
+        return told
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + (" with uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _gpu() -> tuple[str, str] | None:
+    """Where PyTorch has been used and sees one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    driver = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\d+\.\d+\.\d+|\d{3}\.\d+", driver.read_text()) if driver.exists() else None
+    version = found[0] if found else "unknown"
+    return name.lower().replace(" ", "-"), f"{name}, driver {version}, CUDA {torch.version.cuda}"
+
+
+def _cpu() -> tuple[str, str]:
+    cores = len(os.sched_getaffinity(0))
+    return f"cpu-{cores}-cores", f"{cores} cores of {_cpu_name()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _cpu_name() -> str:
@@ -77,11 +132,14 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
-def _table(rows: Sequence[Mapping[str, object]]) -> list[str]:
+def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Markdown; columns in the order in which rows first have them."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return lines + ["| " + " | ".join(_text(row.get(column, "")) for column in columns) + " |" for row in rows]
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

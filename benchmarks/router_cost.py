@@ -68,3 +68,7 @@ def run() -> None:
     report.add(what="through the router", tokens_per_s=routed, ratio=ratio, target=">= 0.7")
     report.notes = [f"{REPEATS} rounds of each in turn; medians, and the median of the ratios round by round."]
     report.save()
+
+
+if __name__ == "__main__":
+    run()

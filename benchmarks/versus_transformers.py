@@ -71,3 +71,7 @@ def run() -> None:
     report.add(what="router, prefill and decode, 8 streams", tokens_per_s=ours, ratio=ours / baseline, target=">= 1")
     report.notes = [f"Medians of {REPEATS} rounds; prompts of about 70 tokens, {NUM_TOKENS} tokens out, float32."]
     report.save()
+
+
+if __name__ == "__main__":
+    run()
