@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from common.engine.buckets import batch_buckets
+from common.engine.graphs import Progress
 from common.engine.kv_cache import KvCache
 from common.engine.prefiller import add_to_state
 from common.engine.sampler import NonFiniteLogits, SampledBatch
@@ -20,9 +20,6 @@ from common.params import TokenLogprob, is_special
 from decode_service.pipeline import PipelineScheduler
 from decode_service.reservations import Reservation
 from decode_service.rows import DecodeRows
-
-# Called with (captured, to be captured).
-Progress = Callable[[int, int], None]
 
 
 class DeviceStep:
@@ -105,15 +102,14 @@ class DeviceRunner:
         for size in reversed(self._buckets):
             self._pipeline.decode_token(self._rows.batch(size), self._finish)
 
-    def capture(self, progress: Progress) -> int:
-        """Captures a graph for every batch bucket, the largest first; how many."""
+    def capture(self, progress: Progress) -> None:
+        """Captures a graph for every batch bucket, the largest first."""
         self._warm_up_edits()
         for done, size in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
             # A batch derives what it needs once; a graph has to derive it again with every replay.
             self._pipeline.capture(lambda size=size: self._rows.batch(size), self._finish)  # type: ignore[misc]
         progress(len(self._buckets), len(self._buckets))
-        return len(self._buckets)
 
     def launch(self, decoding: list[Reservation]) -> DeviceStep:
         self._arrange(decoding)

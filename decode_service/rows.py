@@ -21,6 +21,7 @@ from common.engine.device_sampling import log_min_p_of, temperature_of
 from common.kernels.rows import advance, apply_edits
 from common.kernels.sampling import DeviceSampling
 from common.model.batch import ForwardBatch
+from common.model.transfer import to_device
 from common.sequence import Sequence
 
 # Stop ids that a row can hold; the host alone looks for those of a sequence that has more.
@@ -165,8 +166,7 @@ class DecodeRows:
             return
         parts = (self._copies.keys(), self._copies.values(), self._edits.keys(), self._edits.values())
         host = torch.frombuffer(array("i", chain(*parts)), dtype=torch.int32)
-        words = host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
-        copies, sources, targets, values = words.split([len(part) for part in parts])
+        copies, sources, targets, values = to_device(host, self.device).split([len(part) for part in parts])
         copied = self._words.index_select(0, sources) if len(sources) else None
         if len(targets):
             apply_edits(self._words, targets, values)

@@ -13,6 +13,7 @@ import torch
 
 from common.engine.sampling_state import FP32
 from common.kernels.sampling import DeviceSampling
+from common.model.transfer import to_device
 from common.params import SamplingParams
 
 
@@ -39,9 +40,8 @@ def sampling_on_device(params: Sequence[SamplingParams], device: torch.device) -
     host = torch.zeros(sum(sizes), dtype=torch.int32)
     for words, column in zip(host.split(sizes), columns, strict=True):
         words.numpy()[: column.nbytes // 4] = column.view(np.int32)
-    on_device = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
     top_p, seeds, temperature, log_min_p, top_k = (
-        words[: column.nbytes // 4] for words, column in zip(on_device.split(sizes), columns, strict=True)
+        words[: column.nbytes // 4] for words, column in zip(to_device(host, device).split(sizes), columns, strict=True)
     )
     return DeviceSampling(
         temperature_S=temperature.view(torch.float32),

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.engine.device_sampling import sampling_on_device
 from common.engine.sampler import NonFiniteLogits, SampledBatch
 from common.kernels.sampling import sample
+from common.model.transfer import to_device
 from common.sequence import Sequence
 
 
@@ -22,7 +23,7 @@ def fused_draw(sequences: Seq[Sequence], logits_SV: Tensor) -> SampledBatch:
     drawn = torch.empty(2 * half, dtype=torch.int32, device=device)
     token_ids_S, scores_S = drawn[:num_rows], drawn[half : half + num_rows].view(torch.float32)
     host = torch.tensor([sequence.num_tokens for sequence in sequences], dtype=torch.int32)
-    positions_S = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    positions_S = to_device(host, device)
     sampling = sampling_on_device([sequence.request.sampling for sequence in sequences], device)
     sample(logits_SV, sampling, positions_S, token_ids_S, scores_S)
     values = drawn.cpu()

@@ -10,6 +10,9 @@ import torch
 
 Result = TypeVar("Result")
 
+# Called with (captured, to be captured).
+Progress = Callable[[int, int], None]
+
 
 def capture(step: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
     """The graph of what `step` enqueues, and its result, which every replay computes anew in the same place.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.engine.streams import sleep_until_done
 from common.model.config import ModelConfig
+from common.model.transfer import to_device
 
 
 class KvCache:
@@ -98,4 +99,4 @@ class KvCache:
 def _index(block_ids: Sequence[int], device: torch.device) -> Tensor:
     ids = torch.frombuffer(array("q", block_ids), dtype=torch.int64)
     # From pinned memory, so that nobody waits for what the stream does before.
-    return ids if device.type == "cpu" else ids.pin_memory().to(device, non_blocking=True)
+    return to_device(ids, device)

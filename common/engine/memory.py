@@ -102,7 +102,7 @@ def activation_bytes(
 ) -> int:
     """The most that one step holds at once: `num_tokens` through a layer, `num_rows` through the head and the draw."""
     layer = num_tokens * itemsize * (4 * hidden_size + 2 * qkv_width + 3 * intermediate_size)
-    # float32 logits, and of special rows their edited copy and two of the sampler's.
+    # float32 logits, and what is made of them where they are edited or scored.
     head = num_rows * vocab_size * 4 * 2
     return layer + head
 

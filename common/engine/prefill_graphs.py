@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from common.engine.batches import PrefillNumbers
-from common.engine.graphs import capture
+from common.engine.graphs import Progress, capture
 from common.engine.kv_cache import KvCache
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Qwen3ForCausalLM, State
@@ -27,8 +27,6 @@ MOST_TOKENS = 4096
 MOST_SEQS = 32
 LAYERS_A_GRAPH = 6
 
-# Called with (captured, to be captured).
-Progress = Callable[[int, int], None]
 AfterLayer = Callable[[int], None]
 
 
@@ -70,8 +68,8 @@ class PrefillGraphs:
         self._copied = torch.cuda.Event()
         self._graphs: dict[int, tuple[list[torch.cuda.CUDAGraph], Tensor]] = {}
 
-    def capture(self, progress: Progress) -> int:
-        """Captures every bucket, the largest first; how many graphs."""
+    def capture(self, progress: Progress) -> None:
+        """Captures every bucket, the largest first."""
         pool = torch.cuda.graph_pool_handle()
         for done, num_tokens in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
@@ -80,7 +78,6 @@ class PrefillGraphs:
             torch.cuda.current_stream().synchronize()
             self._graphs[num_tokens] = self._capture(num_tokens, pool)
         progress(len(self._buckets), len(self._buckets))
-        return len(self._buckets) * len(self._segments)
 
     def run(self, numbers: PrefillNumbers, after_layer: AfterLayer | None = None) -> Tensor | None:
         """Enqueues a step; logits_RV (float32), until the next step. None: it fits no graph.

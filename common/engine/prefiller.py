@@ -12,9 +12,10 @@ import torch
 
 from common.engine.batches import PrefillNumbers, prefill_numbers
 from common.engine.chunks import Chunk
+from common.engine.graphs import Progress
 from common.engine.kv_cache import KvCache
 from common.engine.logprobs import prompt_logprobs
-from common.engine.prefill_graphs import PrefillGraphs, Progress
+from common.engine.prefill_graphs import PrefillGraphs
 from common.engine.prefix import PrefixCache
 from common.engine.sampler import NonFiniteLogits, SampledBatch, Sampler
 from common.engine.sampling_state import SamplingState
@@ -95,15 +96,15 @@ class Prefiller:
             with contextlib.suppress(NonFiniteLogits):
                 self._draw([_any_sequence()], logits_RV)
 
-    def capture(self, max_tokens: int, context_length: int, progress: Progress) -> int:
-        """Captures CUDA graphs for steps of few tokens; how many."""
+    def capture(self, max_tokens: int, context_length: int, progress: Progress) -> None:
+        """Captures CUDA graphs for steps of few tokens."""
         self._graphs = PrefillGraphs(
             self._model,
             self._cache,
             max_tokens=max_tokens,
             table_width=-(-context_length // self._cache.block_size),
         )
-        return self._graphs.capture(progress)
+        self._graphs.capture(progress)
 
     def forget(self, sequence: Sequence) -> None:
         """Drops what is kept for a sequence that will not be finished."""

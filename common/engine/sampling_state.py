@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.model.transfer import to_device
 from common.params import SamplingParams
 
 FP32 = torch.finfo(torch.float32)
@@ -136,17 +137,16 @@ class SamplingState:
             self.repetition_penalty_N[slot] = min(max(params.repetition_penalty, FP32.tiny), FP32.max)
             self.presence_penalty_N[slot] = params.presence_penalty
             self.frequency_penalty_N[slot] = params.frequency_penalty
-            self.in_prompt_NV[slot] = False
-            self.in_prompt_NV[slot, self._ids(prompt_ids)] = True
-            self.output_counts_NV[slot] = self._ids(output_ids).bincount(minlength=self.vocab_size)
+            self.in_prompt_NV[slot].zero_().index_fill_(0, self._ids(prompt_ids), True)
+            counted = torch.ones(len(output_ids), dtype=torch.int32, device=self.device)
+            self.output_counts_NV[slot].zero_().index_add_(0, self._ids(output_ids), counted)
         if params.logit_bias:
-            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self.device)
-            self.bias_NV[slot] = 0
-            self.bias_NV[slot, self._ids(list(params.logit_bias))] = values
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            ids = self._ids(list(params.logit_bias))
+            self.bias_NV[slot].zero_().index_copy_(0, ids, to_device(values, self.device))
         if min_tokens:
             self.first_stop_position_N[slot] = len(prompt_ids) + min_tokens
-            self.stops_NV[slot] = False
-            self.stops_NV[slot, self._ids(stopping_token_ids)] = True
+            self.stops_NV[slot].zero_().index_fill_(0, self._ids(stopping_token_ids), True)
 
     def remove(self, slot: int) -> None:
         """Frees a slot."""
@@ -203,4 +203,4 @@ class SamplingState:
         return torch.zeros(self._shape_NV[0], dtype=dtype, device=self.device)
 
     def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)

@@ -18,6 +18,7 @@ from common.engine.logprobs import pack_logprobs, unpack_logprobs
 from common.engine.penalties import edit_logits
 from common.engine.sampling_state import BatchPlan, SamplingState
 from common.kernels.sampling import DeviceSampling, sample
+from common.model.transfer import to_device
 from common.params import TokenLogprob
 
 
@@ -44,7 +45,7 @@ class SpecialRows:
         self._state = state
         self._rows = tuple(rows)
         self._plan: BatchPlan = state.plan(slots)
-        self._index_R = torch.tensor(rows, device=state.device)
+        self._index_R = to_device(torch.tensor(rows), state.device)
 
     def draw(
         self,

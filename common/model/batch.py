@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.model.transfer import to_device
+
 Result = TypeVar("Result")
 Numbers = Sequence[int] | np.ndarray
 
@@ -74,9 +76,7 @@ class ForwardBatch:
         table_SP = flat[first:].reshape(num_seqs, table_width)
         for row, table in zip(table_SP, block_tables, strict=True):
             row[: len(table)] = table
-        # From pinned memory the copy is enqueued; from any other the host would wait for what runs before it.
-        words = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
-        *columns, table = words.split([*sizes, num_seqs * table_width])
+        *columns, table = to_device(host, device).split([*sizes, num_seqs * table_width])
         token_ids_T, positions_T, slot_mapping_T, query_start_S1, kv_len_S, rows_R = (
             column[: len(part)] for column, part in zip(columns, parts, strict=True)
         )

@@ -1,12 +1,12 @@
 """The whole system on a CUDA device: what only a device has. The other integration tests run there as well."""
 
-import itertools
 import random
 
 import pytest
 import torch
 
 from common.config import TINY_MODEL
+from common.engine.buckets import batch_buckets
 from common.model.loader import load_model
 from pdserve.v1 import types_pb2
 from tests.common.model.paged import PagedRunner
@@ -128,4 +128,4 @@ def test_every_batch_size_has_a_graph():
     engine = HandTurnedEngine(captured=True, **CUDA, max_num_seqs=24, num_blocks=256)
     sequences = [make_request(range(index + 2), max_tokens=index + 2) for index in range(24)]
     engine.run_all(sequences)
-    assert engine.pipeline.num_graphs == len(list(itertools.takewhile(lambda size: size <= 24, (1, 2, 4, 8, 16, 24))))
+    assert engine.pipeline.num_graphs == len(batch_buckets(24))
