@@ -11,7 +11,7 @@ from common.kernels.elementwise import MAX_HIDDEN_SIZE, add_norm, silu_mul
 from common.kernels.invariant_linear import invariant_linear
 from common.kernels.launch import num_sms
 from common.kernels.library_attention import LIBRARIES, Library
-from common.kernels.linear import add_norm_gated, add_norm_linear, linear
+from common.kernels.linear import add_norm_gated, add_norm_project, linear
 from common.kernels.prefill_attention import prefill_attention
 from common.kernels.prefill_plan import PrefillPlan, plan_prefill
 from common.kernels.rotate_write import norm_rotate_write
@@ -48,6 +48,8 @@ class KernelOperations:
     name = "triton"
     replayable = True
     rope_dtype: torch.dtype | None = torch.float32
+    # Attention of all layers but the first reads the plan that the first was given before it waits for its queries.
+    reads_plans_early = False
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -67,10 +69,20 @@ class KernelOperations:
     ) -> tuple[Tensor, Tensor]:
         return add_norm(hidden_TD, residual_TD, weight_D, eps)
 
-    def add_norm_linear(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, weight_ED: Tensor
+    def add_norm_project(
+        self,
+        hidden_TD: Tensor,
+        residual_TD: Tensor | None,
+        norm_D: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qk_norm_JH: Tensor,
+        rope_C2H: Tensor,
+        kv_P2BKH: Tensor,
+        batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
-        return add_norm_linear(hidden_TD, residual_TD, norm_D, eps, weight_ED)
+        where = rope_C2H, batch.positions_T, batch.slot_mapping_T, kv_P2BKH
+        return add_norm_project(hidden_TD, residual_TD, norm_D, eps, qkv_weight, qk_norm_JH, *where)
 
     def add_norm_gated(
         self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, gate_up_weight: Tensor
@@ -83,16 +95,11 @@ class KernelOperations:
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
         return linear(x_RD, weight_VD, out_dtype=torch.float32)
 
-    def norm_rotate_write(
-        self, qkv_TEH: Tensor, qk_norm_JH: Tensor, eps: float, rope_C2H: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch
-    ) -> Tensor:
-        positions_T, slots_T = batch.positions_T, batch.slot_mapping_T
-        return norm_rotate_write(qkv_TEH, qk_norm_JH, eps, rope_C2H, positions_T, slots_T, kv_P2BKH, self.num_heads)
-
     def paged_attention(self, q_TNH: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch, scale: float) -> Tensor:
         if batch.decode_only:
-            plan = batch.once(self._plan_decode, q_TNH.dtype)
-            return decode_attention(q_TNH, kv_P2BKH, batch.block_table_SP, plan, scale)
+            settled = self.reads_plans_early and batch.has_derived(self._plan_decode, q_TNH.dtype)
+            decode_plan = batch.once(self._plan_decode, q_TNH.dtype)
+            return decode_attention(q_TNH, kv_P2BKH, batch.block_table_SP, decode_plan, scale, settled=settled)
         if library := preferred_library(batch, q_TNH):
             return library.attend(q_TNH, kv_P2BKH, batch, scale)
         assert batch.query_start_S1 is not None
@@ -123,17 +130,28 @@ class InvariantOperations(KernelOperations):
     def long_prompts(self, device: torch.device) -> str:
         return "attention of prompts by decode's kernel, position by position"
 
-    def add_norm_linear(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, weight_ED: Tensor
+    def add_norm_project(
+        self,
+        hidden_TD: Tensor,
+        residual_TD: Tensor | None,
+        norm_D: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qk_norm_JH: Tensor,
+        rope_C2H: Tensor,
+        kv_P2BKH: Tensor,
+        batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
         normed_TD, residual_TD = add_norm(hidden_TD, residual_TD, norm_D, eps)
-        return invariant_linear(normed_TD, weight_ED), residual_TD
+        qkv_TEH = invariant_linear(normed_TD, qkv_weight).view(len(normed_TD), -1, self.head_dim)
+        where = rope_C2H, batch.positions_T, batch.slot_mapping_T, kv_P2BKH, self.num_heads
+        return norm_rotate_write(qkv_TEH, qk_norm_JH, eps, *where), residual_TD
 
     def add_norm_gated(
         self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, gate_up_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        gate_up_T2F, residual_TD = self.add_norm_linear(hidden_TD, residual_TD, norm_D, eps, gate_up_weight)
-        return silu_mul(gate_up_T2F), residual_TD
+        normed_TD, residual_TD = add_norm(hidden_TD, residual_TD, norm_D, eps)
+        return silu_mul(invariant_linear(normed_TD, gate_up_weight)), residual_TD
 
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return invariant_linear(x_TD, weight_ED)

@@ -102,20 +102,32 @@ def _norm_rotate_write(
     turn = rope_C2H + position * (4 * HALF) + columns
     cos_1, cos_2 = tl.load(turn).to(tl.float32), tl.load(turn + HALF).to(tl.float32)
     sin_1, sin_2 = tl.load(turn + 2 * HALF).to(tl.float32), tl.load(turn + 3 * HALF).to(tl.float32)
-    y_1, y_2 = x_1.to(tl.float32), x_2.to(tl.float32)
-    mean_square = (tl.sum(y_1 * y_1, 1) + tl.sum(y_2 * y_2, 1))[:, None] / (2 * HALF)
-    scale = tl.rsqrt(mean_square + eps)
-    y_1, y_2 = y_1 * scale * weight_1, y_2 * scale * weight_2
-    out_1 = tl.where(is_value, x_1, (y_1 * cos_1 + y_2 * sin_1).to(x_1.dtype))
-    out_2 = tl.where(is_value, x_2, (y_2 * cos_2 + y_1 * sin_2).to(x_2.dtype))
+    y_1, y_2 = normed_and_turned(x_1, x_2, weight_1, weight_2, eps, cos_1, cos_2, sin_1, sin_2, HALF)
+    out_1, out_2 = tl.where(is_value, x_1, y_1), tl.where(is_value, x_2, y_2)
 
     q_row = q_TNH + (token * num_heads + heads) * (2 * HALF) + columns
     tl.store(q_row, out_1, mask=heads < num_heads)
     tl.store(q_row + HALF, out_2, mask=heads < num_heads)
-    # Of a block, the keys lie before the values; of both, the kv heads of one position after another.
-    part = slot // block_size * 2 + is_value.to(tl.int64)
     kv_head = heads - tl.where(is_value, num_rotated, num_heads)
-    kv_row = ((part * block_size + slot % block_size) * num_kv_heads + kv_head) * (2 * HALF) + columns
+    kv_row = cache_row(slot, is_value, kv_head, block_size, num_kv_heads) * (2 * HALF) + columns
     in_cache = (heads >= num_heads) & (heads < num_all)
     tl.store(kv_P2BKH + kv_row, out_1, mask=in_cache)
     tl.store(kv_P2BKH + kv_row + HALF, out_2, mask=in_cache)
+
+
+@triton.jit
+def normed_and_turned(x_1, x_2, weight_1, weight_2, eps, cos_1, cos_2, sin_1, sin_2, HALF: tl.constexpr):
+    """Heads, each a row of two halves, RMS-normalised and turned in float32, then rounded once to their dtype."""
+    y_1, y_2 = x_1.to(tl.float32), x_2.to(tl.float32)
+    mean_square = (tl.sum(y_1 * y_1, 1) + tl.sum(y_2 * y_2, 1))[:, None] / (2 * HALF)
+    scale = tl.rsqrt(mean_square + eps)
+    y_1, y_2 = y_1 * scale * weight_1, y_2 * scale * weight_2
+    return (y_1 * cos_1 + y_2 * sin_1).to(x_1.dtype), (y_2 * cos_2 + y_1 * sin_2).to(x_2.dtype)
+
+
+@triton.jit
+def cache_row(slot, is_value, kv_head, block_size, num_kv_heads):
+    """Which row of kv_P2BKH, of H elements each, holds a kv head of a slot, which is an int64: a cache is large."""
+    # Of a block, the keys lie before the values; of both, the kv heads of one position after another.
+    part = slot // block_size * 2 + is_value.to(tl.int64)
+    return (part * block_size + slot % block_size) * num_kv_heads + kv_head

@@ -235,7 +235,7 @@ def products(
 
 @triton.jit
 def arrives_last(arrived, SPLITS: tl.constexpr):
-    """Whether all programs of this one's tile have stored their partial sums; whoever is told so has reset the count."""
+    """Whether all programs of a tile have stored their partial sums; the last to be counted puts the zero back."""
     # Every thread has written before one of them says so.
     tl.debug_barrier()
     is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1

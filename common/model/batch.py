@@ -114,3 +114,7 @@ class ForwardBatch:
         if key not in self._derived:
             self._derived[key] = derive(self, *args)
         return self._derived[key]
+
+    def has_derived(self, derive: Callable[..., object], *args: Hashable) -> bool:
+        """Whether `once` has the result already, from a layer before this one."""
+        return (derive, *args) in self._derived

@@ -1,7 +1,7 @@
 """What a layer asks of the device, and plain PyTorch that does it: the CPU's path, and every kernel's reference.
 
 Products come together with what feeds or follows them, so that an implementation can fuse them. All of them are pure
-functions of their tensors, save that `norm_rotate_write` writes into the cache and may overwrite its input.
+functions of their tensors, save that `add_norm_project` writes into the cache.
 
 Shapes: T tokens, D and E widths, F FFN width, J query and key heads, E heads of one projection, N query heads, H
 head_dim, C context, P blocks, B block_size.
@@ -34,10 +34,22 @@ class Operations(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Adds the pending half to the residual stream (none before the first layer); (normed_TD, residual_TD)."""
 
-    def add_norm_linear(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, weight_ED: Tensor
+    def add_norm_project(
+        self,
+        hidden_TD: Tensor,
+        residual_TD: Tensor | None,
+        norm_D: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qk_norm_JH: Tensor,
+        rope_C2H: Tensor,
+        kv_P2BKH: Tensor,
+        batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
-        """`add_norm`, then a product; (out_TE, residual_TD)."""
+        """`add_norm`, then the product that gives every token's heads; (q_TNH, residual_TD).
+
+        Every query and key head is RMS-normalised and turned; keys and values are written to their slots.
+        """
 
     def add_norm_gated(
         self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, gate_up_weight: Tensor
@@ -49,11 +61,6 @@ class Operations(Protocol):
 
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
         """A product whose result is float32."""
-
-    def norm_rotate_write(
-        self, qkv_TEH: Tensor, qk_norm_JH: Tensor, eps: float, rope_C2H: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch
-    ) -> Tensor:
-        """RMS-normalises and turns every query and key head, writes keys and values to their slots; q_TNH."""
 
     def paged_attention(self, q_TNH: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch, scale: float) -> Tensor:
         """Causal attention of every token over its sequence's cached positions, its own included; out_TNH."""
@@ -72,17 +79,32 @@ class PlainOperations:
         residual_TD = hidden_TD if residual_TD is None else residual_TD + hidden_TD
         return F.rms_norm(residual_TD, weight_D.shape, weight_D, eps), residual_TD
 
-    def add_norm_linear(
-        self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, weight_ED: Tensor
+    def add_norm_project(
+        self,
+        hidden_TD: Tensor,
+        residual_TD: Tensor | None,
+        norm_D: Tensor,
+        eps: float,
+        qkv_weight: Tensor,
+        qk_norm_JH: Tensor,
+        rope_C2H: Tensor,
+        kv_P2BKH: Tensor,
+        batch: ForwardBatch,
     ) -> tuple[Tensor, Tensor]:
         normed_TD, residual_TD = self.add_norm(hidden_TD, residual_TD, norm_D, eps)
-        return F.linear(normed_TD, weight_ED), residual_TD
+        num_kv_heads, head_dim = kv_P2BKH.shape[3:]
+        num_heads = len(qk_norm_JH) - num_kv_heads
+        qkv_TEH = F.linear(normed_TD, qkv_weight).view(len(normed_TD), -1, head_dim)
+        qk_TJH, kv_TEH = qkv_TEH[:, : len(qk_norm_JH)], qkv_TEH[:, num_heads:]
+        norm_and_rotate_(qk_TJH, qk_norm_JH, eps, batch.once(rope_rows, rope_C2H))
+        write_kv(kv_TEH.view(-1, 2, num_kv_heads, head_dim), kv_P2BKH, batch)
+        return qk_TJH[:, :num_heads], residual_TD
 
     def add_norm_gated(
         self, hidden_TD: Tensor, residual_TD: Tensor | None, norm_D: Tensor, eps: float, gate_up_weight: Tensor
     ) -> tuple[Tensor, Tensor]:
-        gate_up_T2F, residual_TD = self.add_norm_linear(hidden_TD, residual_TD, norm_D, eps, gate_up_weight)
-        gate_TF, up_TF = gate_up_T2F.chunk(2, -1)
+        normed_TD, residual_TD = self.add_norm(hidden_TD, residual_TD, norm_D, eps)
+        gate_TF, up_TF = F.linear(normed_TD, gate_up_weight).chunk(2, -1)
         return F.silu(gate_TF).mul_(up_TF), residual_TD
 
     def linear(self, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -90,16 +112,6 @@ class PlainOperations:
 
     def logits(self, x_RD: Tensor, weight_VD: Tensor) -> Tensor:
         return F.linear(x_RD, weight_VD).float()
-
-    def norm_rotate_write(
-        self, qkv_TEH: Tensor, qk_norm_JH: Tensor, eps: float, rope_C2H: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch
-    ) -> Tensor:
-        num_kv_heads, head_dim = kv_P2BKH.shape[3:]
-        num_heads = len(qk_norm_JH) - num_kv_heads
-        qk_TJH, kv_TEH = qkv_TEH[:, : len(qk_norm_JH)], qkv_TEH[:, num_heads:]
-        norm_and_rotate_(qk_TJH, qk_norm_JH, eps, batch.once(rope_rows, rope_C2H))
-        write_kv(kv_TEH.view(-1, 2, num_kv_heads, head_dim), kv_P2BKH, batch)
-        return qk_TJH[:, :num_heads]
 
     def paged_attention(self, q_TNH: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch, scale: float) -> Tensor:
         return paged_attention(q_TNH, kv_P2BKH, batch, scale)

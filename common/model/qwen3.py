@@ -75,9 +75,16 @@ class Qwen3Layer:
     ) -> Activations:
         """Norm, projections, rotary embedding, KV write, attention, output projection."""
         operations = self.operations
-        qkv_TE, residual_TD = operations.add_norm_linear(*activations, self.attention_norm_D, self.eps, self.qkv_weight)
-        qkv_TEH = qkv_TE.view(len(qkv_TE), -1, self.head_dim)
-        q_TNH = operations.norm_rotate_write(qkv_TEH, self.qk_norm_JH, self.eps, rope_C2H, kv_P2BKH, batch)
+        q_TNH, residual_TD = operations.add_norm_project(
+            *activations,
+            self.attention_norm_D,
+            self.eps,
+            self.qkv_weight,
+            self.qk_norm_JH,
+            rope_C2H,
+            kv_P2BKH,
+            batch,
+        )
         attended_TNH = operations.paged_attention(q_TNH, kv_P2BKH, batch, self.scale)
         return Activations(operations.linear(attended_TNH.flatten(1), self.out_weight), residual_TD)
 

@@ -40,7 +40,7 @@ def decode_batch(num_seqs):
 def test_decode_attention_is_tiled_for_the_models_dtype(dtype, monkeypatch):
     plans = []
     monkeypatch.setattr(
-        "common.kernels.operations.decode_attention", lambda q, kv, table, plan, scale: plans.append(plan)
+        "common.kernels.operations.decode_attention", lambda q, kv, table, plan, scale, **_: plans.append(plan)
     )
     operations = KernelOperations(model_config(head_dim=128), DEVICE)
     queries = torch.empty(3, 4, 128, dtype=dtype, device=DEVICE)
@@ -63,3 +63,17 @@ def test_a_model_that_the_kernels_cannot_run_is_told_apart_before_they_run(chang
 
 def test_the_kernels_run_the_tests_model():
     assert not why_not(model_config(), DEVICE)
+
+
+@pytest.mark.parametrize(("early", "expected"), [(False, [False] * 3), (True, [False, True, True])])
+def test_only_layers_after_the_first_may_read_the_plan_early(early, expected, monkeypatch):
+    settled = []
+    monkeypatch.setattr(
+        "common.kernels.operations.decode_attention", lambda *_, **options: settled.append(options["settled"])
+    )
+    operations = KernelOperations(model_config(), DEVICE)
+    operations.reads_plans_early = early
+    batch, queries = decode_batch(2), torch.empty(2, 4, 32, device=DEVICE)
+    for _ in range(3):
+        operations.paged_attention(queries, torch.empty(0, device=DEVICE), batch, 1.0)
+    assert settled == expected
