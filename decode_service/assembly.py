@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from common.clock import Clock, monotonic
 from common.config import DecodeConfig
-from common.engine.setup import WorkerParts, capturing, prepare_prefill, preparing
+from common.engine.preparation import capturing, prepare_prefill, preparing
+from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
 from decode_service.engine import DecodeEngine, OnEvents

@@ -8,7 +8,8 @@ import grpc.aio
 
 from common.clock import monotonic
 from common.config import DecodeConfig
-from common.engine.setup import WorkerParts, has_plain_kernels
+from common.engine.preparation import has_plain_kernels
+from common.engine.setup import WorkerParts
 from common.health import Health
 from common.metrics import DecodeMetrics
 from common.worker import WorkerFront

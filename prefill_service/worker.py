@@ -8,7 +8,8 @@ import grpc.aio
 
 from common.clock import monotonic
 from common.config import PrefillConfig
-from common.engine.setup import WorkerParts, has_plain_kernels, prepare_prefill, preparing
+from common.engine.preparation import has_plain_kernels, prepare_prefill, preparing
+from common.engine.setup import WorkerParts
 from common.health import Health
 from common.metrics import PrefillMetrics
 from common.worker import WorkerFront

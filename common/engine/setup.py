@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
 
 from common.blocks import BlockPool
-from common.clock import monotonic
 from common.config import WorkerConfig
 from common.engine.buckets import batch_buckets
 from common.engine.chunks import MOST_SCORED_TOKENS
+from common.engine.device import ChooseOperations, choose_operations, resolve_device
 from common.engine.kv_cache import KvCache
-from common.engine.loop import on_device
 from common.engine.memory import GRAPH_BYTES, RUNTIME_BYTES, MemoryPlan, activation_bytes
 from common.engine.prefill_graphs import MOST_SEQS, MOST_TOKENS, token_buckets
 from common.engine.prefiller import Prefiller
 from common.engine.prefix import PrefixCache
+from common.engine.progress import progress_bar
 from common.engine.sampling_state import table_bytes
 from common.errors import InvalidArgument
 from common.model.config import ModelConfig, resolve_dtype
 from common.model.fingerprint import model_fingerprint
 from common.model.loader import load_model
-from common.model.operations import Operations, PlainOperations
 from common.model.qwen3 import Qwen3ForCausalLM
 from common.settings import ConfigError
 from common.transport.checksum import warm_up
@@ -64,11 +51,6 @@ class WorkerParts(NamedTuple):
     identity: worker_pb2.WorkerIdentity
     pair_identity: PairIdentity
     transports: Transports
-
-
-class ChooseOperations(Protocol):
-    def __call__(self, config: ModelConfig, device: torch.device, *, deterministic: bool) -> Operations:
-        """See `choose_operations`."""
 
 
 def build(config: WorkerConfig, *, choose: ChooseOperations | None = None) -> WorkerParts:
@@ -148,92 +130,6 @@ def _build(config: WorkerConfig, choose: ChooseOperations) -> WorkerParts:
         pair_identity=PairIdentity(config.instance_id, boot_id, fingerprint, cache.layout),
         transports=transports,
     )
-
-
-@contextlib.contextmanager
-def preparing(device: torch.device) -> Iterator[None]:
-    """What is run once before serving, on a stream of its own; its memory is given back, since no other can use it."""
-    with on_device(device):
-        yield
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def has_plain_kernels(parts: WorkerParts) -> bool:
-    """A GPU computes with PyTorch's own kernels; the log says why."""
-    return parts.device.type == "cuda" and not parts.model.operations.replayable
-
-
-def prepare_prefill(config: WorkerConfig, parts: WorkerParts) -> None:
-    """Compiles and captures what prompts need on a GPU, on the current stream. Takes seconds."""
-    if parts.device.type == "cpu" or not parts.model.operations.replayable:
-        return
-    parts.prefiller.warm_up(config.max_batch_tokens)
-    if not config.enforce_eager:
-        with capturing("prefill", parts.device) as progress:
-            parts.prefiller.capture(config.max_batch_tokens, parts.identity.context_length, progress)
-
-
-@contextlib.contextmanager
-def capturing(what: str, device: torch.device) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the capture of CUDA graphs; then says in the log what they took."""
-    started_s, free = monotonic(), torch.cuda.mem_get_info(device)[0]
-    with progress_bar(f"capturing CUDA graphs of {what}", in_bytes=False) as progress:
-        yield progress
-    used_mib = (free - torch.cuda.mem_get_info(device)[0]) / 2**20
-    log.info("captured CUDA graphs of %s in %.1f s, %.0f MiB", what, monotonic() - started_s, used_mib)
-
-
-@contextlib.contextmanager
-def progress_bar(title: str, *, in_bytes: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Yields what takes (done, total); a bar on stderr where that is a terminal."""
-    units = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(), TimeElapsedColumn())
-    columns = (TextColumn(title), BarColumn(), *units)
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(title)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device to compute on; `auto` is the first CUDA device where there is one.
-
-    Raises:
-        ConfigError: there is no such CUDA device.
-    """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        cause = "no CUDA device is visible" if torch.version.cuda else "this PyTorch is built without CUDA"
-        raise ConfigError(f"device={name!r}: {cause}; use cpu, or see `pdserve doctor`")
-    index = int(name.partition(":")[2] or 0)
-    if index >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}: the devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def choose_operations(config: ModelConfig, device: torch.device, *, deterministic: bool) -> Operations:
-    """The kernels for a model on a device: fused ones on a GPU, PyTorch's where those cannot be used.
-
-    Raises:
-        ConfigError: `deterministic` asks for kernels that cannot be used here.
-    """
-    if device.type == "cpu":
-        return PlainOperations()
-    reason = "Triton is not installed"
-    with contextlib.suppress(ImportError):
-        from common.kernels.operations import InvariantOperations, KernelOperations, why_not
-
-        reason = why_not(config, device)
-        if not reason:
-            operations = (InvariantOperations if deterministic else KernelOperations)(config, device)
-            log.info("kernels: %s; %s", operations.name, operations.long_prompts(device))
-            return operations
-    if deterministic:
-        raise ConfigError(f"deterministic: batch-invariant kernels cannot be used: {reason}")
-    log.warning("PLAIN_KERNELS: PyTorch's own kernels without CUDA graphs, much slower: %s", reason)
-    return PlainOperations()
 
 
 def _num_blocks(config: WorkerConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:

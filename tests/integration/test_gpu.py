@@ -93,7 +93,7 @@ def test_bfloat16_logits_are_as_near_to_float32_as_transformers_are():
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32).cuda()
     rounded = transformers.AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.bfloat16).cuda()
-    from common.engine.setup import choose_operations
+    from common.engine.device import choose_operations
     from common.model.config import ModelConfig
 
     device = torch.device("cuda")
