@@ -7,6 +7,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from common.config import PrefillConfig
@@ -71,6 +72,24 @@ def nccl() -> str:
     return f"{number}, {_reach(torch)}"
 
 
+def triton() -> str:
+    try:
+        module = import_module("triton")
+    except ModuleNotFoundError:
+        raise Missing("not installed: a GPU would compute with PyTorch's own, slow kernels", _INSTALL_CUDA) from None
+    return f"{module.__version__}, which compiles our kernels"
+
+
+def flash_attention_3() -> str:
+    found = [name for name in ("flash_attn_interface", "fa3_fwd_interface") if find_spec(name) is not None]
+    if not found:
+        raise Missing(
+            "not installed: long prompts use our own kernel, which is slower on Hopper",
+            "with an H100 or H200: .venv/bin/pip install -e '.[flash-attn-3]'",
+        )
+    return f"{found[0]}, for long prompts"
+
+
 def _torch(remedy: str = "") -> Any:
     try:
         return import_module("torch")
@@ -97,4 +116,6 @@ PROBES = {
     ),
     "torch on cuda": Probe("gpu", cuda_devices, "driver and cuInit say why"),
     "nccl": Probe("gpu", nccl, _INSTALL_CUDA),
+    "triton": Probe("gpu", triton, _INSTALL_CUDA),
+    "flash-attn-3": Probe("gpu", flash_attention_3, "install it anew, for this torch"),
 }
