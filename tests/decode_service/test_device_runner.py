@@ -61,10 +61,13 @@ def requests(count, *, max_tokens, longest):
 
 def test_tokens_are_those_of_the_host_runner_however_requests_are_drawn():
     on_device, on_host = device_engine(), HandTurnedEngine()
-    sequences = requests(5, max_tokens=2, longest=20)
-    assert on_device.run_all(sequences) == on_host.run_all(requests(5, max_tokens=2, longest=20))
-    scored = on_device.events(sequences[3], Token)[1:]
-    assert all(token.logprob.token_id == token.token_id and len(token.logprob.top) == 2 for token in scored)
+    sequences, others = (requests(5, max_tokens=2, longest=20) for _ in range(2))
+    assert on_device.run_all(sequences) == on_host.run_all(others)
+    scored, expected = on_device.events(sequences[3], Token)[1:], on_host.events(others[3], Token)[1:]
+    for token, other in zip(scored, expected, strict=True):
+        assert (token.logprob.token_id, token.logprob.rank) == (token.token_id, other.logprob.rank)
+        assert token.logprob.logprob == pytest.approx(other.logprob.logprob, abs=1e-4)
+        assert [top.token_id for top in token.logprob.top] == [top.token_id for top in other.logprob.top]
     on_device.check()
 
 
