@@ -167,6 +167,7 @@ def _plan_device_memory(
             num_graphs += len(batch_buckets(config.max_num_seqs))
             graphs += activation_bytes(**sizes, num_tokens=config.max_num_seqs, num_rows=config.max_num_seqs)
         graphs += num_graphs * GRAPH_BYTES
+    pieces = _piece_bytes(config, model_config) if config.deterministic else 0
     free, total = torch.cuda.mem_get_info(device)
     # Decode draws the first tokens of local prefills, and all others.
     num_states = 2 if config.role == "decode" else 1
@@ -178,10 +179,11 @@ def _plan_device_memory(
         fraction=config.gpu_memory_fraction,
         runtime=RUNTIME_BYTES,
         weights=torch.cuda.memory_allocated(device),
-        activations=activation_bytes(
+        activations=pieces
+        + activation_bytes(
             **sizes, num_tokens=config.max_batch_tokens, num_rows=max(config.max_num_seqs, MOST_SCORED_TOKENS)
         ),
-        graphs=graphs,
+        graphs=graphs + (pieces if graphs else 0),
         sampling=num_states * table_bytes(config.max_num_seqs, model_config.vocab_size),
         staging=(config.staging_chunks if config.role == "decode" else NUM_GATHER_SLOTS) * _largest_chunk_bytes(config),
         block_bytes=block_bytes,
@@ -190,6 +192,18 @@ def _plan_device_memory(
     num_blocks = plan.num_blocks
     log.info("memory of %s\n%s", config.instance_id, plan.table(num_blocks, config.block_size))
     return num_blocks
+
+
+def _piece_bytes(config: WorkerConfig, model_config: ModelConfig) -> int:
+    """Every token of a prompt is a sequence of its own to batch-invariant attention."""
+    from common.kernels.decode_plan import fixed_piece_bytes
+
+    return fixed_piece_bytes(
+        max(config.max_batch_tokens, config.max_num_seqs),
+        num_kv_heads=model_config.num_kv_heads,
+        num_query_heads=model_config.num_heads,
+        head_dim=model_config.head_dim,
+    )
 
 
 def _largest_chunk_bytes(config: WorkerConfig) -> int:

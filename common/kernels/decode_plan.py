@@ -109,6 +109,12 @@ def plan_decode(
     return plan
 
 
+def fixed_piece_bytes(num_seqs: int, *, num_kv_heads: int, num_query_heads: int, head_dim: int) -> int:
+    """The largest partial results of a plan with fixed pieces for at most `num_seqs` sequences."""
+    num_pieces = min(num_seqs, MAX_CUT_SEQUENCES) * MAX_FIXED_PIECES
+    return num_pieces * num_kv_heads * triton.next_power_of_2(num_query_heads // num_kv_heads) * (head_dim + 2) * 4
+
+
 def default_tiling(num_seqs: int, head_dim: int, dtype: torch.dtype, fixed_pieces: bool) -> Tiling:
     """The same for every batch where pieces are fixed: it is part of the order of summation."""
     if fixed_pieces:

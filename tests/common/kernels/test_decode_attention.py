@@ -220,6 +220,13 @@ def test_programs_that_share_a_grid_smaller_than_the_items_do_them_all() -> None
     assert relative_error(out_SNH, case.reference(torch.float64)) < 1e-5
 
 
+@pytest.mark.parametrize("num_seqs", [1, 7])
+def test_the_room_for_fixed_pieces_is_what_a_plan_takes(num_seqs: int) -> None:
+    plan = Case([40] * num_seqs, heads=(6, 2)).plan(chunk=32)
+    room = decode_plan.fixed_piece_bytes(num_seqs, num_kv_heads=2, num_query_heads=6, head_dim=32)
+    assert room == plan.partial_IKGH.nbytes + plan.max_sum_IK2G.nbytes
+
+
 def test_a_long_sequence_has_a_bounded_number_of_fixed_pieces() -> None:
     items = Case([4000], heads=(1, 1), head_dim=16).items(chunk=32)
     assert len(items) <= decode_plan.MAX_FIXED_PIECES
