@@ -48,8 +48,8 @@ class PrefillGraphs:
         self._cache = cache
         self._buckets = token_buckets(max_tokens)
         self._segments = range(0, model.config.num_layers, LAYERS_A_GRAPH)
-        num_tokens = self._buckets[-1]
         # Every part begins on 16 bytes.
+        num_tokens = -(-self._buckets[-1] // 4) * 4
         widths = {
             "token_ids": num_tokens,
             "positions": num_tokens,

@@ -21,6 +21,7 @@ from common.engine.sampler import NonFiniteLogits, SampledBatch, Sampler
 from common.engine.sampling_state import SamplingState
 from common.errors import Internal
 from common.model.qwen3 import Qwen3ForCausalLM
+from common.model.transfer import to_device
 from common.params import SamplingParams, StoppingParams, TokenLogprob, is_special
 from common.sequence import Request, Sequence
 
@@ -46,7 +47,6 @@ class Prefiller:
         self.device = device
         self._sampler = Sampler()
         self._state = SamplingState(max_num_seqs, model.config.vocab_size, device)
-        self._max_num_seqs = max_num_seqs
         self._free_slots = list(range(max_num_seqs))
         self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
         self._graphs: PrefillGraphs | None = None
@@ -116,7 +116,7 @@ class Prefiller:
         sequences = [sequence for sequence, _ in finished]
         rows = [row for _, row in finished]
         if rows != list(range(len(logits_RV))):
-            logits_RV = logits_RV[torch.tensor(rows, device=self.device)]
+            logits_RV = logits_RV.index_select(0, to_device(torch.tensor(rows), self.device))
         faulty: tuple[int, ...] = ()
         try:
             sampled = self._draw(sequences, logits_RV)
@@ -154,7 +154,7 @@ class Prefiller:
         following = sequence.token_ids[start + 1 : min(start + 1 + len(logits_TV), sequence.request.num_prompt_tokens)]
         collected = self._prompt_logprobs.setdefault(sequence, [])
         if following:
-            next_ids_T = torch.tensor(following, device=self.device)
+            next_ids_T = to_device(torch.tensor(following), self.device)
             num = sequence.request.num_prompt_logprobs
             assert num is not None
             collected += prompt_logprobs(logits_TV[: len(following)], next_ids_T, num)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -191,10 +193,12 @@ def _plan_prefill(batch: ForwardBatch) -> PrefillPlan:
 
 def preferred_library(batch: ForwardBatch, q_TNH: Tensor) -> Library | None:
     """Other people's kernel for this batch's prompts; None for our own. A batch for a CUDA graph gets our own."""
-    if (
-        batch.query_starts is None
-        or max(map(int.__sub__, batch.query_starts[1:], batch.query_starts)) < PREFERRED_QUERIES
-    ):
+    if batch.query_starts is None or batch.once(_longest_chunk) < PREFERRED_QUERIES:
         return None
     library = LIBRARIES[PREFERRED_LIBRARY]
     return None if library.why_not(q_TNH.shape[2], q_TNH.dtype, q_TNH.device) else library
+
+
+def _longest_chunk(batch: ForwardBatch) -> int:
+    assert batch.query_starts is not None
+    return max(end - start for start, end in pairwise(batch.query_starts))

@@ -7,6 +7,8 @@ and mixed as in SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), and the results ar
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +16,8 @@ import xxhash
 from torch import Tensor
 
 from common.engine.streams import beside_computation, sleep_until_done
+
+log = logging.getLogger(__name__)
 
 
 def checksum(payload: Tensor) -> int:
@@ -45,10 +49,11 @@ def mixed_sum(words: Tensor) -> Tensor:
 
 @functools.cache
 def _mixed_sum() -> Callable[[Tensor], Tensor]:
-    try:
-        from common.kernels.checksum import mixed_sum as compiled
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
+        log.warning("PLAIN_CHECKSUM: checksums on the device in PyTorch's own, slow steps: Triton is not installed")
         return mixed_sum
+    from common.kernels.checksum import mixed_sum as compiled
+
     return compiled
 
 
