@@ -1,7 +1,7 @@
 """Decodes of Qwen3-8B while a long prompt arrives: what its KV's arrival does to the gap between their tokens.
 
-The decode side is real: engine, reservations, pair, transfer threads. The other side, a process on the same GPU,
-replays a prefill without computing: it ships blocks of the right layout, chunk by chunk and layer by layer, for the
+The decode side is real: engine, reservations, pair, transfer threads. The other side, a process on another GPU or, with
+only one, on the same, replays a prefill without computing: it ships blocks of the right layout, chunk by chunk and layer by layer, for the
 reservation that it is told, and commits; the sequence joins the batch. Beside it the same prompt prefilled by the
 decode engine itself, in chunks between its steps.
 """
@@ -50,6 +50,8 @@ class Setting(NamedTuple):
 
     shape: Shape
     device: str
+    # Where the other process has its blocks.
+    sender: str
     transport: str
     num_decodes: int = 64
     context: int = 512
@@ -139,7 +141,7 @@ def run_replay(connection: Connection, setting: Setting) -> None:
 
 async def replay(connection: Connection, setting: Setting) -> None:
     """Ships what it is told to, until it is told None."""
-    shape, device = setting.shape, torch.device(setting.device)
+    shape, device = setting.shape, torch.device(setting.sender)
     config = ModelConfig.from_folder(shape.folder)
     # The decode side first says where it is and what its blocks look like.
     port, fingerprint, layout, block_size, dtype = await asyncio.to_thread(connection.recv)
@@ -149,7 +151,7 @@ async def replay(connection: Connection, setting: Setting) -> None:
         layer.normal_()
     if device.type == "cuda":
         # Shipping reads them on other streams.
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     if cache.layout != layout:
         raise RuntimeError(f"the blocks to replay are {cache.layout}, the decode worker's are {layout}")
     warm_up(device)
@@ -288,9 +290,13 @@ async def observe(
         "- Gaps are those between the turns of the decode engine that bring the decodes' tokens, from the reservation "
         f"until the sequence that arrived has had {setting.output} tokens. `largest_ms` is the largest of all, "
         "`usual_largest_ms` the median of each arrival's largest; `ratio` is the largest over the undisturbed median.",
-        "- Both processes are on one GPU without MPS, so that the sender's gathering and checksums take turns with the "
-        f"decode steps. vLLM 0.26.0, prompt prefilled at once beside the decodes: {VLLM_MS} ms.",
+        f"- vLLM 0.26.0, prompt prefilled at once beside the decodes: {VLLM_MS} ms.",
     ]
+    if setting.sender == setting.device:
+        report.notes.append(
+            "- Both processes are on one GPU without MPS, so that the sender's gathering and checksums take turns with "
+            "the decode steps."
+        )
 
 
 def add(
@@ -343,7 +349,9 @@ def measure_in_two_processes(report: Report, setting: Setting, **settings: objec
 
 def run() -> None:
     report = Report("interference", "64 decodes of Qwen3-8B at context 512 while a prompt of 8,192 tokens arrives")
-    measure_in_two_processes(report, Setting(SHAPES["8B"], "cuda:0", "cuda-ipc"), gpu_memory_fraction=0.6)
+    sender, transport = ("cuda:1", "nccl") if torch.cuda.device_count() > 1 else ("cuda:0", "cuda-ipc")
+    setting = Setting(SHAPES["8B"], "cuda:0", sender, transport)
+    measure_in_two_processes(report, setting, gpu_memory_fraction=0.6)
     report.save()
 
 

@@ -106,11 +106,13 @@ def _gpu() -> tuple[str, str] | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
+    name, count = torch.cuda.get_device_name(), torch.cuda.device_count()
     driver = Path("/proc/driver/nvidia/version")
     found = re.search(r"\d+\.\d+\.\d+|\d{3}\.\d+", driver.read_text()) if driver.exists() else None
     version = found[0] if found else "unknown"
-    return name.lower().replace(" ", "-"), f"{name}, driver {version}, CUDA {torch.version.cuda}"
+    hardware = f"{name}, driver {version}, CUDA {torch.version.cuda}"
+    slug = name.lower().replace(" ", "-")
+    return (slug, hardware) if count == 1 else (f"{count}-{slug}", f"{count} x {hardware}")
 
 
 def _cpu() -> tuple[str, str]:

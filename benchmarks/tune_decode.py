@@ -31,7 +31,6 @@ from common.kernels.tiled_linear import TiledPlan
 from common.model.batch import ForwardBatch
 from common.model.config import ModelConfig
 from common.model.loader import load_model
-from common.model.rope import rope_table
 
 DEVICE = torch.device("cuda")
 BATCHES = {"0.6B": (8, 32, 64, 128), "8B": (8, 32, 128, 256)}
@@ -48,9 +47,6 @@ class Place(NamedTuple):
     num_rows: int
     num_in: int
     num_tokens: int
-    # Of a projection: heads for queries, and rows of any head.
-    num_heads: int = 0
-    head_dim: int = 0
 
     def use(self, plan: Plan | None) -> None:
         """Puts a plan there, for this number of tokens alone."""
@@ -83,22 +79,10 @@ class Place(NamedTuple):
                     linear.add_norm_linear(x, x.clone(), norm, 1e-6, weight)
                 case Product.GATED:
                     linear.add_norm_gated(x, x.clone(), norm, 1e-6, weight)
-                case Product.PROJECTED:
-                    linear.add_norm_project(x, x.clone(), norm, 1e-6, weight, *self.heads())
             torch.cuda.synchronize()
         except Exception:
             return False
         return True
-
-    def heads(self) -> tuple[torch.Tensor, ...]:
-        """What a projection is given besides its weight."""
-        num_kv_heads = (self.num_rows // self.head_dim - self.num_heads) // 2
-        qk_norm = torch.ones(self.num_heads + num_kv_heads, self.head_dim, dtype=torch.bfloat16, device=DEVICE)
-        rope = rope_table(self.num_tokens, self.head_dim, 1e6, torch.float32, DEVICE)
-        tokens = torch.arange(self.num_tokens, dtype=torch.int32, device=DEVICE)
-        num_blocks = -(-self.num_tokens // BLOCK_SIZE)
-        kv = torch.zeros(num_blocks, 2, BLOCK_SIZE, num_kv_heads, self.head_dim, dtype=torch.bfloat16, device=DEVICE)
-        return qk_norm, rope, tokens, tokens, kv
 
 
 def places(shape: Shape, num_tokens: int) -> list[Place]:
@@ -108,17 +92,12 @@ def places(shape: Shape, num_tokens: int) -> list[Place]:
         Place(Product.GATED, 2 * ffn, hidden, num_tokens),
         Place(Product.PLAIN, hidden, ffn, num_tokens),
         Place(Product.NORMED, qkv, hidden, num_tokens),
-        # After the product that it takes the place of, which it has to beat.
-        Place(Product.PROJECTED, qkv, hidden, num_tokens, shape.num_heads, shape.head_dim),
         Place(Product.PLAIN, hidden, heads, num_tokens),
     ]
 
 
 def candidates(place: Place) -> Iterator[Plan]:
     tokens = max(16, place.num_tokens)
-    if place.product is Product.PROJECTED:
-        yield from projections(place)
-        return
     wide = place.num_rows >= 4096
     if place.num_tokens <= 8 and place.num_in <= 4096:
         for rows, warps, depth in ((8, 4, 256), (16, 4, 256), (16, 8, 128), (32, 8, 128), (32, 4, 256), (16, 4, 128)):
@@ -142,21 +121,6 @@ def candidates(place: Place) -> Iterator[Plan]:
         if block <= tokens:
             for num_splits in (1,) if wide else (2, 4, 8):
                 yield TiledPlan(rows, block, depth, warps, stages, num_splits)
-
-
-def projections(place: Place) -> Iterator[TiledPlan]:
-    """A head a program, and D split so that about one or two programs come to each SM."""
-    if place.num_tokens > 64:
-        return
-    for block, splits in itertools.product((16, 32, 64), (1, 2, 3, 4, 8)):
-        token_blocks = -(-place.num_tokens // block)
-        programs = place.num_rows // place.head_dim * token_blocks * splits
-        if 2 * place.num_tokens <= block > 16 or not 90 <= programs <= 264:
-            continue
-        for (depth, warps, stages), prefetch in itertools.product(
-            ((128, 4, 3), (64, 4, 4), (64, 4, 6), (64, 8, 4)), (0, 512)
-        ):
-            yield TiledPlan(place.head_dim, block, depth, warps, stages, splits, prefetch)
 
 
 def tilings() -> Iterator[tuple[Tiling, int]]:
@@ -239,7 +203,6 @@ def tune(
                 print(f"  {ms:.4f} attention {tiling} programs_per_sm {programs}", flush=True)
         with attention(*chosen) if chosen else contextlib.nullcontext():
             tune_products(step, shape, batch, best, usable)
-            print_early_plans(step, batch)
 
 
 def tune_products(step: Step, shape: Shape, batch: int, best: float, usable: dict[tuple[Place, Plan], bool]) -> None:
@@ -254,14 +217,6 @@ def tune_products(step: Step, shape: Shape, batch: int, best: float, usable: dic
                 best, kept = ms, candidate
                 print(f"  {ms:.4f} {place.product.name} {place.num_rows} x {place.num_in}: {candidate}", flush=True)
         place.use(kept)
-
-
-def print_early_plans(step: Step, batch: int) -> None:
-    """The step with all that was chosen, and attention that waits for its plan or reads it early, by turns."""
-    for early in (False, True) * 2:
-        step.operations.reads_plans_early = early
-        print(f"  {step.ms(batch):.4f} reads_plans_early {early}", flush=True)
-    step.operations.reads_plans_early = KernelOperations.reads_plans_early
 
 
 @contextlib.contextmanager

@@ -257,6 +257,8 @@ class DecodeEngine(EngineLoop):
             self._tell(reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms))
 
     def _prefill(self, plan: Plan) -> None:
+        # Tokens that have come do not wait for prompts.
+        self._publish_events()
         started = self._clock()
         first_tokens = self._prefiller.run(plan.chunks, self.tick)
         self._step_timer.record(self._clock() - started)

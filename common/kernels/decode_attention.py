@@ -30,7 +30,8 @@ def decode_attention(
     """out_SNH: each query over its sequence's cached positions; zeros where there are none.
 
     Query head n reads kv head n // G. q_SNH may be strided, its last dimension contiguous. `settled` promises that the
-    plan and the block table were written before the kernel before this one started: then they are read while it runs.
+    kernel before this one neither wrote the plan nor the block table, and lets others start only after its own wait, as
+    `norm_rotate_write` does: then whatever wrote them has ended, and they are read while that kernel runs.
     """
     num_query_heads, head_dim = q_SNH.shape[1:]
     block_size, num_kv_heads = kv_P2BKH.shape[2:4]

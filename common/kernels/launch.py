@@ -2,6 +2,7 @@
 
 Programmatic dependent launch (PDL): a kernel may start while the one before it in the stream still runs. It then loads
 what no kernel writes (weights), waits once with `wait_for_inputs`, and only then touches what others wrote or read.
+Two kernels load more before they wait: what was written before a whole step began, or before a kernel that has ended.
 Every kernel of this package that is launched with `launch_pdl` does so; after it, results are as without PDL.
 """
 

@@ -19,7 +19,6 @@ import triton
 from torch import Tensor
 
 from common.kernels.elementwise import add_norm, silu_mul
-from common.kernels.projected_heads import project_heads
 from common.kernels.rotate_write import norm_rotate_write
 from common.kernels.streamed_linear import Norm, ResidentPlan, VectorPlan, streamed_linear
 from common.kernels.tiled_linear import TiledPlan, tiled_linear
@@ -31,8 +30,6 @@ class Product(enum.Enum):
     PLAIN = "linear"
     NORMED = "add_norm_linear"
     GATED = "add_norm_gated"
-    # One kernel from the query-key-value product to the cache. Its plans are for heads of as many rows as they have.
-    PROJECTED = "add_norm_project"
 
 
 # Measured on one H200 by `benchmarks.tune_decode`: (product, rows of the weight, D) to (up to how many tokens, plan).
@@ -183,10 +180,6 @@ def add_norm_project(
     num_kv_heads, head_dim = kv_P2BKH.shape[3:]
     num_heads = len(qk_norm_JH) - num_kv_heads
     where = rope_C2H, positions_T, slot_mapping_T, kv_P2BKH, num_heads
-    plan = _plan(Product.PROJECTED, hidden_TD, qkv_weight_ED)
-    if isinstance(plan, TiledPlan) and plan.rows == head_dim:
-        normed_TD, sum_TD = add_norm(hidden_TD, residual_TD, norm_weight_D, eps)
-        return project_heads(normed_TD, qkv_weight_ED, qk_norm_JH, eps, *where, plan), sum_TD
     qkv_TE, sum_TD = add_norm_linear(hidden_TD, residual_TD, norm_weight_D, eps, qkv_weight_ED)
     return norm_rotate_write(qkv_TE.view(len(qkv_TE), -1, head_dim), qk_norm_JH, eps, *where), sum_TD
 
@@ -202,16 +195,13 @@ def _plan(product: Product, x_TD: Tensor, weight_ED: Tensor) -> Plan | None:
 def choose_plan(product: Product, num_tokens: int, num_rows: int, num_in: int, dtype: torch.dtype) -> Plan | None:
     """How to multiply `num_tokens` by a weight [num_rows, num_in]; None: by the library, with separate kernels around.
 
-    A `TiledPlan` has its norm computed by a kernel of its own, as the library has. None for a projection: as a `NORMED`
-    product, whatever that one's plan is.
+    A `TiledPlan` has its norm computed by a kernel of its own, as the library has.
     """
     if num_tokens == 0:
         return None
     measured = _MEASURED.get((product, num_rows, num_in))
     if measured is not None and dtype == torch.bfloat16:
         return next((plan for up_to, plan in measured if num_tokens <= up_to), None)
-    if product is Product.PROJECTED:
-        return None
     if num_tokens <= 2 and (dtype == torch.float32 or (dtype == torch.bfloat16 and num_in % 2 == 0)):
         return _vector_plan(product, num_in, dtype)
     if num_tokens <= 16 and dtype == torch.bfloat16 and num_in <= 4096:

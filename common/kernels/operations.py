@@ -50,8 +50,6 @@ class KernelOperations:
     name = "triton"
     replayable = True
     rope_dtype: torch.dtype | None = torch.float32
-    # Attention of all layers but the first reads the plan that the first was given before it waits for its queries.
-    reads_plans_early = False
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -99,7 +97,8 @@ class KernelOperations:
 
     def paged_attention(self, q_TNH: Tensor, kv_P2BKH: Tensor, batch: ForwardBatch, scale: float) -> Tensor:
         if batch.decode_only:
-            settled = self.reads_plans_early and batch.has_derived(self._plan_decode, q_TNH.dtype)
+            # All layers but the first find the plan made.
+            settled = batch.has_derived(self._plan_decode, q_TNH.dtype)
             decode_plan = batch.once(self._plan_decode, q_TNH.dtype)
             return decode_attention(q_TNH, kv_P2BKH, batch.block_table_SP, decode_plan, scale, settled=settled)
         if library := preferred_library(batch, q_TNH):

@@ -28,7 +28,8 @@ def norm_rotate_write(
 
     Queries and keys are RMS-normalised over H, scaled by their row of `qk_norm_JH` and turned by the token's position:
     `rope_C2H[p, 0]` holds the cosines, `rope_C2H[p, 1]` the sines with the first half negated. Values are copied.
-    fp32 inside, one rounding. Slots are `block * B + offset`, none negative; all tensors are contiguous.
+    fp32 inside, one rounding. Slots are `block * B + offset`, none negative; all tensors are contiguous. Positions and
+    slots are read while the kernel before this one may still run, so it has to be another kernel that wrote them.
     """
     num_tokens, num_all_heads, head_dim = qkv_TEH.shape
     block_size, num_kv_heads = kv_P2BKH.shape[2:4]
@@ -92,16 +93,17 @@ def _norm_rotate_write(
     weight_offsets = heads * (2 * HALF) + columns
     weight_1 = tl.load(qk_norm_JH + weight_offsets, mask=is_value == 0, other=0).to(tl.float32)
     weight_2 = tl.load(qk_norm_JH + weight_offsets + HALF, mask=is_value == 0, other=0).to(tl.float32)
-    wait_for_inputs(PDL)
-    allow_next(PDL)
     position = tl.load(positions_T + token).to(tl.int64)
     slot = tl.load(slot_mapping_T + token).to(tl.int64)
-    source = qkv_TEH + (token * num_all + heads) * (2 * HALF) + columns
-    x_1 = tl.load(source, mask=heads < num_all, other=0)
-    x_2 = tl.load(source + HALF, mask=heads < num_all, other=0)
     turn = rope_C2H + position * (4 * HALF) + columns
     cos_1, cos_2 = tl.load(turn).to(tl.float32), tl.load(turn + HALF).to(tl.float32)
     sin_1, sin_2 = tl.load(turn + 2 * HALF).to(tl.float32), tl.load(turn + 3 * HALF).to(tl.float32)
+    wait_for_inputs(PDL)
+    # Not before the wait: attention relies on it, see `decode_attention`.
+    allow_next(PDL)
+    source = qkv_TEH + (token * num_all + heads) * (2 * HALF) + columns
+    x_1 = tl.load(source, mask=heads < num_all, other=0)
+    x_2 = tl.load(source + HALF, mask=heads < num_all, other=0)
     y_1, y_2 = normed_and_turned(x_1, x_2, weight_1, weight_2, eps, cos_1, cos_2, sin_1, sin_2, HALF)
     out_1, out_2 = tl.where(is_value, x_1, y_1), tl.where(is_value, x_2, y_2)
 

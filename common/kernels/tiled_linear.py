@@ -53,7 +53,11 @@ def tiled_linear(
     num_tiles = triton.cdiv(num_rows, plan.rows) * triton.cdiv(num_tokens, plan.tokens)
     if num_tiles == 0:
         return out_TE
-    partials, arrivals = split_room(plan, num_tiles, x_TD.device) or (out_TE, out_TE)
+    partials, arrivals = out_TE, out_TE
+    if plan.splits > 1:
+        num_sums = num_tiles * plan.splits * plan.rows * plan.tokens
+        partials = torch.empty(num_sums, dtype=torch.float32, device=x_TD.device)
+        arrivals = _arrivals(x_TD.device).take(num_tiles)
     pdl = supports_pdl(x_TD.device)
     _tiled[(num_tiles, plan.splits)](
         x_TD,
@@ -64,7 +68,7 @@ def tiled_linear(
         num_tokens,
         num_rows,
         num_in,
-        prefetch_units(plan, weight_ED),
+        plan.prefetch // 16 if num_in * x_TD.itemsize % 16 == 0 else 0,
         ROWS=plan.rows,
         TOKENS=plan.tokens,
         DEPTH=plan.depth,
@@ -78,19 +82,6 @@ def tiled_linear(
         launch_pdl=pdl,
     )
     return out_TE
-
-
-def split_room(plan: TiledPlan, num_tiles: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Where the programs of a split product leave their partial sums and count their arrivals."""
-    if plan.splits == 1:
-        return None
-    num_sums = num_tiles * plan.splits * plan.rows * plan.tokens
-    return torch.empty(num_sums, dtype=torch.float32, device=device), _arrivals(device).take(num_tiles)
-
-
-def prefetch_units(plan: TiledPlan, weight_ED: Tensor) -> int:
-    """What a plan prefetches of a row, in the 16 bytes by which it is asked for and has to be aligned."""
-    return plan.prefetch // 16 if weight_ED.shape[1] * weight_ED.itemsize % 16 == 0 else 0
 
 
 class _Arrivals:
@@ -153,104 +144,48 @@ def _tiled(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # Blocks of tokens in groups of 8, and in a group block by block for each block of rows: both stay in L2.
     tile, split = tl.program_id(0), tl.program_id(1)
-    row_block, token_block = blocks_of_tile(tile, tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS))
-    first_row = row_block * ROWS
-    first_step, end_step = steps_of_split(split, num_in, DEPTH, SPLITS)
+    row_blocks, token_blocks = tl.cdiv(num_rows, ROWS), tl.cdiv(num_tokens, TOKENS)
+    group = tile // (8 * row_blocks)
+    group_size = tl.minimum(token_blocks - group * 8, 8)
+    token_block = group * 8 + tile % (8 * row_blocks) % group_size
+    first_row = tile % (8 * row_blocks) // group_size * ROWS
+    steps = tl.cdiv(num_in, DEPTH)
+    first_step, end_step = split * steps // SPLITS, (split + 1) * steps // SPLITS
     if PDL:
-        prefetch_rows(weight_ED, first_row, num_rows, num_in, first_step * DEPTH, prefetch, ROWS, THREADS, GATED)
+        _prefetch_rows(weight_ED, first_row, num_rows, num_in, first_step * DEPTH, prefetch, ROWS, THREADS, GATED)
     allow_next(PDL)
     wait_for_inputs(PDL)
     token = token_block * TOKENS + tl.arange(0, TOKENS)
+    depth = tl.arange(0, DEPTH)
     rows = weight_row(tl.minimum(first_row + tl.arange(0, ROWS), num_rows - 1), num_rows, GATED)
-    sums = products(x_TD, weight_ED, (rows,), token, num_tokens, num_in, first_step, end_step, TOKENS, DEPTH, EVEN)[0]
+    weight_pointers = weight_ED + rows[:, None] * num_in + depth[None, :]
+    x_pointers = x_TD + tl.minimum(token, num_tokens - 1)[None, :] * num_in + depth[:, None]
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    for step in range(first_step, end_step):
+        if EVEN:
+            weight = tl.load(weight_pointers + step * DEPTH)
+            x = tl.load(x_pointers + step * DEPTH)
+        else:
+            left = num_in - step * DEPTH
+            weight = tl.load(weight_pointers + step * DEPTH, mask=depth[None, :] < left, other=0)
+            x = tl.load(x_pointers + step * DEPTH, mask=depth[:, None] < left, other=0)
+        sums = dot(weight, x, sums)
     if SPLITS == 1:
         _store(out_TE, sums, first_row, token, num_tokens, num_rows, ROWS, TOKENS, GATED)
     else:
         within = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         tile_partials = partials + tile * (SPLITS * ROWS * TOKENS) + within
         tl.store(tile_partials + split * (ROWS * TOKENS), sums)
-        if arrives_last(arrivals + tile, SPLITS):
-            total = sum_of_splits(tile_partials, ROWS * TOKENS, SPLITS)
+        # Every thread has written before one of them says so.
+        tl.debug_barrier()
+        if tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLITS - 1:
+            total = tl.zeros([ROWS, TOKENS], tl.float32)
+            for other in tl.static_range(SPLITS):
+                total += tl.load(tile_partials + other * (ROWS * TOKENS), cache_modifier=".cg")
             _store(out_TE, total, first_row, token, num_tokens, num_rows, ROWS, TOKENS, GATED)
-
-
-@triton.jit
-def blocks_of_tile(tile, row_blocks, token_blocks):
-    """(block of rows, block of tokens)."""
-    # Blocks of tokens in groups of 8, and in a group block by block for each block of rows: both stay in L2.
-    group = tile // (8 * row_blocks)
-    group_size = tl.minimum(token_blocks - group * 8, 8)
-    within = tile % (8 * row_blocks)
-    return within // group_size, group * 8 + within % group_size
-
-
-@triton.jit
-def steps_of_split(split, num_in, DEPTH: tl.constexpr, SPLITS: tl.constexpr):
-    """(first, end) of a program's steps through D."""
-    steps = tl.cdiv(num_in, DEPTH)
-    return split * steps // SPLITS, (split + 1) * steps // SPLITS
-
-
-@triton.jit
-def products(
-    x_TD,
-    weight_ED,
-    row_tiles,
-    token,
-    num_tokens,
-    num_in,
-    first_step,
-    end_step,
-    TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """A tuple of sums [rows, TOKENS]: of each tile of the weight's rows with the tokens, over a part of D."""
-    depth = tl.arange(0, DEPTH)
-    weight_pointers = ()
-    sums = ()
-    for part in tl.static_range(len(row_tiles)):
-        weight_pointers += (weight_ED + row_tiles[part][:, None] * num_in + depth[None, :],)
-        sums += (tl.zeros([row_tiles[part].shape[0], TOKENS], tl.float32),)
-    x_pointers = x_TD + tl.minimum(token, num_tokens - 1)[None, :] * num_in + depth[:, None]
-    for step in range(first_step, end_step):
-        left = num_in - step * DEPTH
-        weights = ()
-        for part in tl.static_range(len(row_tiles)):
-            if EVEN:
-                weights += (tl.load(weight_pointers[part] + step * DEPTH),)
-            else:
-                weights += (tl.load(weight_pointers[part] + step * DEPTH, mask=depth[None, :] < left, other=0),)
-        if EVEN:
-            x = tl.load(x_pointers + step * DEPTH)
-        else:
-            x = tl.load(x_pointers + step * DEPTH, mask=depth[:, None] < left, other=0)
-        added = ()
-        for part in tl.static_range(len(row_tiles)):
-            added += (dot(weights[part], x, sums[part]),)
-        sums = added
-    return sums
-
-
-@triton.jit
-def arrives_last(arrived, SPLITS: tl.constexpr):
-    """Whether all programs of a tile have stored their partial sums; the last to be counted puts the zero back."""
-    # Every thread has written before one of them says so.
-    tl.debug_barrier()
-    is_last = tl.atomic_add(arrived, 1, sem="acq_rel") == SPLITS - 1
-    if is_last:
-        tl.store(arrived, 0)
-    return is_last
-
-
-@triton.jit
-def sum_of_splits(partials, STRIDE: tl.constexpr, SPLITS: tl.constexpr):
-    total = tl.zeros(partials.shape, tl.float32)
-    for split in tl.static_range(SPLITS):
-        # Past the first-level cache, which does not see what other SMs write.
-        total += tl.load(partials + split * STRIDE, cache_modifier=".cg")
-    return total
+            tl.store(arrivals + tile, 0)
 
 
 @triton.jit
@@ -278,7 +213,7 @@ def _store(
 
 
 @triton.jit
-def prefetch_rows(
+def _prefetch_rows(
     weight_ED,
     first_row,
     num_rows,

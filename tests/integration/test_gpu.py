@@ -61,10 +61,10 @@ def test_a_steady_step_copies_nothing_to_the_device_and_never_waits_for_it():
         engine.open(sequence, local=True)
     while len(engine.tokens(sequences[-1])) < 24:
         engine.turn()
-    while engine.num_in_flight:
-        engine.turn()
+    engine.settle()
     decoding = engine.scheduler.schedule().decoding
     # No sequence gets a block in these steps: 17 prompt tokens and some 24 more lie in the middle of a block.
+    assert len(decoding) == 4
     assert all(4 < reservation.sequence.num_computed % 16 < 12 for reservation in decoding)
     torch.cuda.set_sync_debug_mode("error")
     try:

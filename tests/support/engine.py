@@ -66,6 +66,13 @@ class HandTurnedEngine(DecodeEngine):
         with torch.inference_mode():
             return super().turn()
 
+    def settle(self):
+        """Takes in the tokens of all steps in flight, and launches none."""
+        while self.num_in_flight:
+            self.rest()
+            while self._inbox:
+                self._inbox.popleft()()
+
     def record(self, events):
         for sequence, event in events:
             self.happened.setdefault(sequence, []).append(event)

@@ -20,6 +20,7 @@ from common.model.config import ModelConfig
 from decode_service import device_runner
 from decode_service.engine import DecodeEngine
 from decode_service.scheduler import DecodeScheduler
+from tests.support.device import TEST_DEVICE
 from tests.support.models import dummy_model_folder
 
 NUM_TOKENS = 30_011
@@ -52,7 +53,7 @@ class Memory:
 
 
 class RememberingPrefiller:
-    device = torch.device("cpu")
+    device = torch.device(TEST_DEVICE)
 
     def __init__(self, memory: Memory, prefix: PrefixCache) -> None:
         self._memory = memory
@@ -145,7 +146,7 @@ class ImitatedEngine(DecodeEngine):
         monkeypatch.setattr(device_runner, "sample", draw)
         monkeypatch.setattr(device_runner, "SpecialRows", SpecialRows)
         config = ModelConfig.from_folder(dummy_model_folder())
-        cache = KvCache(config, num_blocks, block_size, torch.float32, "cpu")
+        cache = KvCache(config, num_blocks, block_size, torch.float32, TEST_DEVICE)
         pool, memory = BlockPool(num_blocks, block_size), Memory(num_blocks, block_size)
         prefix, pipeline, clock = PrefixCache(pool, "model"), RememberingPipeline(memory), FakeClock()
         context_length = min(context_length, (num_blocks - 1) * block_size)

@@ -65,15 +65,13 @@ def test_the_kernels_run_the_tests_model():
     assert not why_not(model_config(), DEVICE)
 
 
-@pytest.mark.parametrize(("early", "expected"), [(False, [False] * 3), (True, [False, True, True])])
-def test_only_layers_after_the_first_may_read_the_plan_early(early, expected, monkeypatch):
+def test_only_layers_after_the_first_read_the_plan_early(monkeypatch):
     settled = []
     monkeypatch.setattr(
         "common.kernels.operations.decode_attention", lambda *_, **options: settled.append(options["settled"])
     )
     operations = KernelOperations(model_config(), DEVICE)
-    operations.reads_plans_early = early
     batch, queries = decode_batch(2), torch.empty(2, 4, 32, device=DEVICE)
     for _ in range(3):
         operations.paged_attention(queries, torch.empty(0, device=DEVICE), batch, 1.0)
-    assert settled == expected
+    assert settled == [False, True, True]
