@@ -1,9 +1,9 @@
 """Decodes of Qwen3-8B while a long prompt arrives: what its KV's arrival does to the gap between their tokens.
 
 The decode side is real: engine, reservations, pair, transfer threads. The other side, a process on another GPU or, with
-only one, on the same, replays a prefill without computing: it ships blocks of the right layout, chunk by chunk and layer by layer, for the
-reservation that it is told, and commits; the sequence joins the batch. Beside it the same prompt prefilled by the
-decode engine itself, in chunks between its steps.
+only one, on the same, replays a prefill without computing: it ships blocks of the right layout, chunk by chunk and
+layer by layer, for the reservation that it is told, and commits; the sequence joins the batch. Beside it the same
+prompt prefilled by the decode engine itself, in chunks between its steps.
 """
 
 from __future__ import annotations
