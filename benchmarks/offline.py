@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
 
 from benchmarks.shapes import Shape
+from benchmarks.streams import Stream
 from common.config import DecodeConfig
 from common.engine.loop import on_device
 from common.engine.setup import build
@@ -49,37 +51,52 @@ class OfflineEngine:
         gc.collect()
         gc.freeze()
         self.ready_s = time.monotonic() - started
-        self._num_open = 0
+        # Still to come; and of those that came: when they were opened, had their first token, and ended.
+        self._waiting: deque[Sequence] = deque()
+        self._opened_s: dict[Sequence, float] = {}
+        self._first_token_s: dict[Sequence, float] = {}
+        self._ended_s: dict[Sequence, float] = {}
         # When each turn's tokens came, and how many.
         self.arrivals: list[tuple[float, int]] = []
         self.first_tokens_s: list[float] = []
         # Of every request, in their order.
         self.outputs: list[list[int]] = []
-        self._seen: set[Sequence] = set()
+        self.streams: list[Stream] = []
 
     def holds(self, num_seqs: int, num_tokens: int) -> bool:
         """Whether so many sequences grow to so many tokens without one losing its KV to another."""
         cache = self.parts.cache
         return num_seqs * (-(-num_tokens // cache.block_size) + 2) <= cache.num_blocks
 
-    def run(self, requests: Seq[tuple[Seq[int], int]]) -> float:
-        """Prompts with their number of output tokens, all at once and greedy; seconds until the last token."""
-        self.arrivals, self.first_tokens_s, self._seen = [], [], set()
-        self._num_open = len(requests)
+    def run(self, requests: Seq[tuple[Seq[int], int]], *, concurrency: int | None = None) -> float:
+        """Prompts with their number of output tokens, greedy; seconds until the last token.
+
+        All are opened at once, or as many as `concurrency` says and another whenever one ends.
+        """
         sequences = [make_sequence(prompt, num_tokens) for prompt, num_tokens in requests]
+        self.arrivals, self._waiting = [], deque(sequences)
+        self._opened_s, self._first_token_s, self._ended_s = {}, {}, {}
         with on_device(self.parts.device):
-            started = time.perf_counter()
-            for sequence in sequences:
-                self.engine.open(sequence, local=True)
-            while self._num_open:
-                self.turn()
-            elapsed = time.perf_counter() - started
-        self.first_tokens_s = [moment - started for moment in self.first_tokens_s]
+            started = time.monotonic()
+            for _ in range(concurrency or len(sequences)):
+                self._open_next()
+            while True:
+                has_more = self.engine.turn()
+                if len(self._ended_s) == len(sequences):
+                    break
+                if not has_more:
+                    self.engine.rest()
+            elapsed = time.monotonic() - started
         for sequence in sequences:
             self.engine.close(sequence)
         self.engine.turn()
         self.engine.check()
         self.outputs = [list(sequence.output_ids) for sequence in sequences]
+        self.first_tokens_s = [moment - started for moment in self._first_token_s.values()]
+        self.streams = [
+            Stream(self._opened_s[one], self._first_token_s[one], self._ended_s[one], one.num_output_tokens)
+            for one in sequences
+        ]
         return elapsed
 
     def turn(self) -> None:
@@ -87,17 +104,22 @@ class OfflineEngine:
         if not self.engine.turn():
             self.engine.rest()
 
+    def _open_next(self) -> None:
+        if self._waiting:
+            sequence = self._waiting.popleft()
+            self._opened_s[sequence] = time.monotonic()
+            self.engine.open(sequence, local=True)
+
     def _on_events(self, events: list[tuple[Sequence, object]]) -> None:
-        now = time.perf_counter()
+        now = time.monotonic()
         num_tokens = 0
         for sequence, event in events:
             if isinstance(event, Token):
                 num_tokens += 1
-                if sequence not in self._seen:
-                    self._seen.add(sequence)
-                    self.first_tokens_s.append(now)
+                self._first_token_s.setdefault(sequence, now)
             elif isinstance(event, Completed):
-                self._num_open -= 1
+                self._ended_s[sequence] = now
+                self._open_next()
             elif isinstance(event, PdserveError):
                 raise event
             elif isinstance(event, Lost):

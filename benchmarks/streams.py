@@ -1,8 +1,8 @@
 """A process of concurrent clients, and the hand of the process that measures on several of them.
 
-`python -m benchmarks.streams` reads a job a line from stdin. It says that it is ready, waits for a line more, opens all
-of the job's streams at once, and says when each was opened, had its first token and ended, on the monotonic clock that
-all processes of a machine share.
+`python -m benchmarks.streams` reads a job a line from stdin. It says that it is ready, waits for a line more, opens as
+many of the job's streams at once as it is told and another whenever one ends, and says when each was opened, had its
+first token and ended, on the monotonic clock that all processes of a machine share.
 """
 
 from __future__ import annotations
@@ -27,30 +27,31 @@ READY = "ready"
 
 
 class Job(NamedTuple):
-    """Random prompts, greedy, without end tokens."""
+    """Random prompts, greedy, without end tokens: one stream for each number of output tokens."""
 
     address: str
     seed: int
-    num_streams: int
+    concurrency: int
     prompt_tokens: int
-    output_tokens: int
+    output_tokens: list[int]
     vocab_size: int
 
 
 class Stream(NamedTuple):
-    """When things happened, in seconds."""
+    """When things happened to one request, in seconds on one clock."""
 
     opened_s: float
     first_token_s: float
     ended_s: float
+    num_tokens: int
 
 
-def request_of(generator: random.Random, job: Job) -> router_pb2.GenerateRequest:
+def request_of(generator: random.Random, job: Job, output_tokens: int) -> router_pb2.GenerateRequest:
     token_ids = [generator.randrange(job.vocab_size) for _ in range(job.prompt_tokens)]
     request = router_pb2.GenerateRequest(
         prompt_token_ids=types_pb2.TokenIds(ids=token_ids), sampling=types_pb2.SamplingParams(temperature=0)
     )
-    request.stopping.max_tokens = job.output_tokens
+    request.stopping.max_tokens = output_tokens
     request.stopping.ignore_eos = True
     return request
 
@@ -65,20 +66,34 @@ async def follow(stub: router_pb2_grpc.RouterServiceStub, request: router_pb2.Ge
     wanted = request.stopping.max_tokens
     if num_tokens != wanted:
         raise RuntimeError(f"a stream brought {num_tokens} tokens, {wanted} were asked for")
-    return Stream(opened_s, first_token_s, time.monotonic())
+    return Stream(opened_s, first_token_s, time.monotonic(), num_tokens)
+
+
+async def follow_all(
+    stub: router_pb2_grpc.RouterServiceStub, requests: Sequence[router_pb2.GenerateRequest], concurrency: int
+) -> list[Stream]:
+    waiting = iter(requests)
+    streams: list[Stream] = []
+
+    async def one_after_another() -> None:
+        for request in waiting:
+            streams.append(await follow(stub, request))
+
+    await asyncio.gather(*(one_after_another() for _ in range(concurrency)))
+    return streams
 
 
 async def serve() -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         job = Job(*json.loads(line))
         generator = random.Random(job.seed)
-        requests = [request_of(generator, job) for _ in range(job.num_streams)]
+        requests = [request_of(generator, job, output_tokens) for output_tokens in job.output_tokens]
         async with rpc.connect(job.address) as channel:
             await asyncio.wait_for(channel.channel_ready(), TIMEOUT_S)
             stub = router_pb2_grpc.RouterServiceStub(channel)
             print(READY, flush=True)
             await asyncio.to_thread(sys.stdin.readline)
-            streams = await asyncio.gather(*(follow(stub, request) for request in requests))
+            streams = await follow_all(stub, requests, job.concurrency)
         print(json.dumps(streams), flush=True)
 
 

@@ -1,9 +1,12 @@
 """The decode benchmark's work through router and decode processes, beside the engine alone, on one GPU.
 
 No prefill worker is alive, so decode prefills itself, as the engine alone does. First the engine alone, in a process
-that then ends; then a decode process with the same settings, routers, and clients in processes of their own. A step is
-what the decode worker says of the time in which all streams were open; what it takes more than the engine alone is time
-in which the GPU waits for the services.
+that then ends; then a decode process with the same settings, routers, and clients in processes of their own.
+
+Steady: so many streams are open all the time, another begins whenever one ends, and what counts lies between the first
+ends and the last beginnings. All at once: every stream is opened in the same moment, and a step is what the decode
+worker says of the time in which all were open; what it takes more than the engine alone is time in which the GPU waits
+for the services.
 
     python -m benchmarks.through_services [--stream-interval-ms 10]
 """
@@ -31,12 +34,12 @@ from benchmarks.offline import OfflineEngine, random_prompt
 from benchmarks.processes import in_new_process
 from benchmarks.report import Report
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.streams import ClientProcess, Job, client_processes, together
+from benchmarks.streams import ClientProcess, Job, Stream, client_processes, together
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 from tests.support.processes import Service, free_port
 
-# Concurrent streams, and rounds of each after one to warm up.
-STREAMS = {1: 6, 64: 2, 256: 1, 512: 1}
+# Concurrent streams, and how many requests follow each other in each of them.
+STREAMS = {1: 40, 64: 6, 256: 4, 512: 4}
 ROUTERS = (1, 4)
 MOST_CLIENTS = 4
 STREAMS_PER_CLIENT = 128
@@ -48,12 +51,14 @@ POLL_S = 0.04
 
 
 class Round(NamedTuple):
-    """One run of so many streams."""
+    """What was seen of so many streams."""
 
+    # Steady.
     tokens_per_s: float
-    # Median over the streams.
+    # Medians over the streams, steady and all at once.
     first_token_s: float
-    # While all streams were open; None where that was too short to tell.
+    first_token_at_once_s: float
+    # While all were open; None where that was too short to tell.
     step_s: float | None
 
 
@@ -66,25 +71,53 @@ class Poll(NamedTuple):
     steps_s: float
 
 
-def engine_alone(shape: Shape, device: str, streams: Mapping[int, int]) -> dict[int, list[Round]]:
-    """Rounds of each number of streams that the KV cache holds."""
+def output_lengths(count: int, each: int, seed: int) -> list[int]:
+    """Of `each` requests a stream: around the decode benchmark's, so that streams do not end together."""
+    generator = random.Random(seed)
+    return [generator.randint(OUTPUT // 2, OUTPUT + OUTPUT // 2) for _ in range(count * each)]
+
+
+def steady(streams: Sequence[Stream], count: int) -> tuple[float, float]:
+    """(tokens a second, median time to first token) while `count` streams were open and none was among the first.
+
+    A stream's tokens are taken to come evenly between its first and its last.
+    """
+    begin_s = sorted(stream.ended_s for stream in streams)[count - 1]
+    end_s = sorted(stream.opened_s for stream in streams)[-1]
+    if end_s <= begin_s:
+        raise ValueError(f"{len(streams)} requests are too few for {count} streams")
+    num_tokens = 0.0
+    for stream in streams:
+        inside_s = min(stream.ended_s, end_s) - max(stream.first_token_s, begin_s)
+        num_tokens += stream.num_tokens * max(0.0, inside_s) / (stream.ended_s - stream.first_token_s)
+    first_tokens_s = [stream.first_token_s - stream.opened_s for stream in streams if stream.opened_s >= begin_s]
+    return num_tokens / (end_s - begin_s), statistics.median(first_tokens_s)
+
+
+def engine_alone(shape: Shape, device: str, streams: Mapping[int, int]) -> dict[int, Round]:
+    """For each number of streams that the KV cache holds."""
     engine = OfflineEngine(shape, device=device, max_num_seqs=max(streams), **SETTINGS)
     print(f"  engine alone: ready after {engine.ready_s:.1f} s", flush=True)
-    results: dict[int, list[Round]] = {}
-    for count, rounds in streams.items():
-        if not engine.holds(count, PROMPT + OUTPUT):
-            continue
-        results[count] = [engine_round(engine, count, seed) for seed in range(rounds + 1)][1:]
+    results: dict[int, Round] = {}
+    for count, each in streams.items():
+        if engine.holds(count, PROMPT + 2 * OUTPUT):
+            # Whatever is compiled or allocated at first use is in the first.
+            results[count] = [engine_round(engine, count, each, seed) for seed in range(2)][1]
     return results
 
 
-def engine_round(engine: OfflineEngine, count: int, seed: int) -> Round:
+def engine_round(engine: OfflineEngine, count: int, each: int, seed: int) -> Round:
     generator = random.Random(seed)
-    elapsed_s = engine.run([(random_prompt(generator, PROMPT, engine.shape.vocab_size), OUTPUT) for _ in range(count)])
+
+    def requests(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+        return [(random_prompt(generator, PROMPT, engine.shape.vocab_size), length) for length in lengths]
+
+    engine.run(requests([OUTPUT] * count))
+    first_token_at_once_s = statistics.median(engine.first_tokens_s)
     full = [moment for moment, num_tokens in engine.arrivals if num_tokens == count]
     gaps = [later - earlier for earlier, later in itertools.pairwise(full)]
-    step_s = statistics.median(gaps) if gaps else None
-    return Round(count * OUTPUT / elapsed_s, statistics.median(engine.first_tokens_s), step_s)
+    engine.run(requests(output_lengths(count, each, seed)), concurrency=count)
+    return Round(*steady(engine.streams, count), first_token_at_once_s, statistics.median(gaps) if gaps else None)
 
 
 @contextlib.contextmanager
@@ -156,31 +189,39 @@ def step_between(polls: Sequence[Poll], begin_s: float, end_s: float) -> float |
     return (inside[-1].steps_s - inside[0].steps_s) / (inside[-1].num_steps - inside[0].num_steps)
 
 
-def services_round(
-    clients: Sequence[ClientProcess], routers: Sequence[str], decode: str, count: int, seed: int, vocab_size: int
-) -> Round:
-    shares = [count // len(clients) + (index < count % len(clients)) for index in range(len(clients))]
+def run_jobs(
+    clients: Sequence[ClientProcess], routers: Sequence[str], lengths: Sequence[int], count: int, vocab_size: int
+) -> list[Stream]:
+    """Shares requests and concurrent streams out to the clients; a client talks to one router."""
     jobs = [
-        Job(routers[index % len(routers)], seed * len(clients) + index, share, PROMPT, OUTPUT, vocab_size)
-        for index, share in enumerate(shares)
+        Job(
+            address=routers[index % len(routers)],
+            seed=random.randrange(2**32),
+            concurrency=count // len(clients) + (index < count % len(clients)),
+            prompt_tokens=PROMPT,
+            output_tokens=list(lengths[index :: len(clients)]),
+            vocab_size=vocab_size,
+        )
+        for index in range(len(clients))
     ]
+    return together(clients, jobs)
+
+
+def services_round(
+    clients: Sequence[ClientProcess],
+    routers: Sequence[str],
+    decode: str,
+    count: int,
+    each: int,
+    seed: int,
+    vocab_size: int,
+) -> Round:
     with polling(decode) as polls:
-        streams = together(clients, jobs)
-    elapsed_s = max(stream.ended_s for stream in streams) - min(stream.opened_s for stream in streams)
-    first_token_s = statistics.median(stream.first_token_s - stream.opened_s for stream in streams)
-    step_s = step_between(
-        polls, max(stream.first_token_s for stream in streams), min(stream.ended_s for stream in streams)
-    )
-    return Round(count * OUTPUT / elapsed_s, first_token_s, step_s)
-
-
-def median(rounds: Sequence[Round]) -> Round:
-    steps = [one.step_s for one in rounds if one.step_s is not None]
-    return Round(
-        statistics.median(one.tokens_per_s for one in rounds),
-        statistics.median(one.first_token_s for one in rounds),
-        statistics.median(steps) if steps else None,
-    )
+        at_once = run_jobs(clients, routers, [OUTPUT] * count, count, vocab_size)
+    first_token_at_once_s = statistics.median(stream.first_token_s - stream.opened_s for stream in at_once)
+    all_open_s = max(stream.first_token_s for stream in at_once), min(stream.ended_s for stream in at_once)
+    streams = run_jobs(clients, routers, output_lengths(count, each, seed), count, vocab_size)
+    return Round(*steady(streams, count), first_token_at_once_s, step_between(polls, *all_open_s))
 
 
 def add(report: Report, count: int, alone: Round, round_: Round, *, routers: int, clients: int) -> None:
@@ -195,18 +236,19 @@ def add(report: Report, count: int, alone: Round, round_: Round, *, routers: int
         clients=clients,
         tokens_per_s=round_.tokens_per_s,
         ratio=round_.tokens_per_s / alone.tokens_per_s,
-        step_ms=None if round_.step_s is None else round_.step_s * 1e3,
-        idle_share=idle_share,
         first_token_ms=round_.first_token_s * 1e3,
         first_token_added_ms=(round_.first_token_s - alone.first_token_s) * 1e3,
         target=">= 0.95, <= 3 ms" if routers else "",
+        step_ms=None if round_.step_s is None else round_.step_s * 1e3,
+        idle_share=idle_share,
+        first_token_at_once_ms=round_.first_token_at_once_s * 1e3,
     )
 
 
 def measure(
     report: Report, shape: Shape, device: str, streams: Mapping[int, int], decode_args: Sequence[str] = ()
 ) -> None:
-    alone = {count: median(rounds) for count, rounds in in_new_process(engine_alone, shape, device, streams).items()}
+    alone = in_new_process(engine_alone, shape, device, streams)
     for count in streams.keys() - alone.keys():
         report.notes.append(f"- {count} streams: not run, their KV does not fit.")
     for count, round_ in alone.items():
@@ -217,14 +259,13 @@ def measure(
     ):
         for count in alone:
             for num_routers in ROUTERS if count > 1 else (1,):
-                # A client process talks to one router.
                 used = clients[: max(num_routers, -(-count // STREAMS_PER_CLIENT))]
-                warm_up = 1 if num_routers == 1 else 0
-                rounds = [
-                    services_round(used, routers[:num_routers], decode, count, seed, shape.vocab_size)
-                    for seed in range(streams[count] + warm_up)
-                ]
-                add(report, count, alone[count], median(rounds[warm_up:]), routers=num_routers, clients=len(used))
+                # The first is to warm up.
+                for seed in range(2) if num_routers == 1 else (1,):
+                    round_ = services_round(
+                        used, routers[:num_routers], decode, count, streams[count], seed, shape.vocab_size
+                    )
+                add(report, count, alone[count], round_, routers=num_routers, clients=len(used))
 
 
 def run(arguments: Sequence[str] = ()) -> None:
@@ -237,12 +278,14 @@ def run(arguments: Sequence[str] = ()) -> None:
     )
     measure(report, SHAPES["0.6B"], "cuda", STREAMS, ["--stream-interval-ms", interval] if interval else ())
     report.notes += [
-        f"- Prompts of {PROMPT} tokens, {OUTPUT} tokens out, greedy, all streams opened at once; medians of rounds, "
-        f"{', '.join(f'{rounds} at {count}' for count, rounds in STREAMS.items())} streams, after one to warm up.",
+        f"- Prompts of {PROMPT} tokens, greedy. Steady (`tokens_per_s`, `first_token_ms`): {OUTPUT // 2} to "
+        f"{OUTPUT + OUTPUT // 2} tokens out, {', '.join(f'{each} requests' for each in STREAMS.values())} in a row in "
+        f"each of {', '.join(map(str, STREAMS))} streams. All at once (`step_ms`, `first_token_at_once_ms`): {OUTPUT} "
+        "tokens out.",
         "- One decode process, in which engine and front end share an interpreter; tokens of a stream gather there for "
         f"{interval or 'the default of 10'} ms; {len(os.sched_getaffinity(0))} cores for all processes.",
         "- `step_ms` is the decode worker's mean while all streams were open, `idle_share` what it has more than the "
-        "engine alone; `first_token_ms` is the median over streams.",
+        "engine alone; times to the first token are medians over streams.",
     ]
     report.save()
 
