@@ -33,6 +33,7 @@ class OfflineEngine:
             "load_format": "dummy",
             "prefix_cache": False,
             "stream_interval_ms": 0.0,
+            "stream_messages_per_s": 1e9,
             "listen": "127.0.0.1:0",
             "metrics_listen": "",
         }

@@ -176,6 +176,9 @@ class DecodeConfig(WorkerConfig):
     stream_interval_ms: float = setting(
         10.0, "tokens of running streams are sent at most this often, in ms; 0: after every step", minimum=0
     )
+    stream_messages_per_s: float = setting(
+        5000.0, "and in at most so many messages a second: with more streams, tokens gather for longer", above=0
+    )
     reservation_wait_s: float = setting(30.0, "how long a reservation waits for blocks, in seconds", above=0)
 
     decode_pipeline: str = setting(

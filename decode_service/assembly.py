@@ -53,6 +53,7 @@ def make_engine(
         parts.cache,
         config=parts.model.config,
         stream_interval_s=config.stream_interval_ms / 1e3,
+        stream_messages_per_s=config.stream_messages_per_s,
         clock=clock,
         metrics=metrics,
         on_events=on_events,

@@ -22,6 +22,7 @@ from common.params import TokenLogprob
 from common.sequence import Sequence
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
 from common.transport.receiving import Done
+from decode_service.outbox import Outbox
 from decode_service.pipeline import PipelineScheduler
 from decode_service.reservations import Reservation, State, Verdict
 from decode_service.runner import DecodeRunner, Step, StepReader
@@ -67,7 +68,7 @@ class Completed(NamedTuple):
 FIRST_TOKENS = 2
 
 Event = Reserved | Lost | Token | Completed | PdserveError
-# Called from the engine thread once a turn, with everything that happened, in order.
+# Called from the engine thread, at most once a turn, with what is due; the events of a sequence in order.
 OnEvents = Callable[[list[tuple[Sequence, Event]]], None]
 
 
@@ -84,6 +85,7 @@ class DecodeEngine(EngineLoop):
         *,
         config: ModelConfig,
         stream_interval_s: float,
+        stream_messages_per_s: float,
         clock: Clock,
         metrics: DecodeMetrics,
         on_events: OnEvents,
@@ -99,7 +101,9 @@ class DecodeEngine(EngineLoop):
         self._writer = KvWriter(cache)
         self._num_layers = config.num_layers
         self._clock = clock
-        self._on_events = on_events
+        self._outbox: Outbox[Sequence, Event] = Outbox(
+            on_events, interval_s=stream_interval_s, rate=stream_messages_per_s, clock=clock
+        )
         self._on_load = on_load
         self._metrics = metrics
         # Tells a pair's sender to stop working for an attempt.
@@ -108,10 +112,6 @@ class DecodeEngine(EngineLoop):
         self._landed_s = 0.0
         # Where steps outrun the host, somebody has to wait for their tokens, and it is not this thread.
         self._reader = StepReader(self._land_later) if runner.max_in_flight > 1 else None
-        self._stream_interval_s = stream_interval_s
-        self._events: list[tuple[Sequence, Event]] = []
-        self._is_urgent = False
-        self._published_s = 0.0
         self._reservation_of: dict[Sequence, Reservation] = {}
         self._step_timer = StepTimer(clock)
         # A pair's transport, as the serving path names it.
@@ -143,7 +143,7 @@ class DecodeEngine(EngineLoop):
             self._reader.stop()
 
     def publish(self) -> None:
-        self._publish_events()
+        self._outbox.send()
         scheduler, pool = self.scheduler, self.scheduler.pool
         self._on_load(
             Load(
@@ -157,19 +157,6 @@ class DecodeEngine(EngineLoop):
                 step_ms=self._step_timer.mean_ms,
             )
         )
-
-    def _publish_events(self) -> None:
-        """Tokens gather for a while: each message costs the front end, the router and the client more than a small
-        model's step, and the front end's work takes the interpreter from this thread."""
-        now = self._clock()
-        if self._events and (self._is_urgent or now - self._published_s >= self._stream_interval_s):
-            events, self._events = self._events, []
-            self._is_urgent, self._published_s = False, now
-            self._on_events(events)
-
-    def _tell(self, sequence: Sequence, event: Event, *, can_wait: bool = False) -> None:
-        self._events.append((sequence, event))
-        self._is_urgent |= not can_wait
 
     # The front end speaks of sequences; each of these takes effect between two steps.
 
@@ -214,7 +201,7 @@ class DecodeEngine(EngineLoop):
         try:
             self._reservation_of[sequence] = self.scheduler.open(sequence, local=local)
         except PdserveError as error:
-            self._tell(sequence, error)
+            self._outbox.put(sequence, error)
 
     def _retry(self, sequence: Sequence, attempt: int, local: bool) -> None:
         reservation = self._reservation_of.get(sequence)
@@ -240,11 +227,11 @@ class DecodeEngine(EngineLoop):
             self._tell_gone(reservation.pair_id, reservation.key)
             self._release(reservation)
             del self._reservation_of[reservation.sequence]
-            self._tell(reservation.sequence, error)
+            self._outbox.put(reservation.sequence, error)
         for reservation in plan.preempted:
             self._release(reservation)
             detail = "its KV blocks went to older sequences"
-            self._tell(reservation.sequence, Lost(reservation.attempt, True, detail))
+            self._outbox.put(reservation.sequence, Lost(reservation.attempt, True, detail))
             self._metrics.preemptions.inc()
         if plan.reserved:
             self._writer.blocks_reserved()
@@ -254,11 +241,11 @@ class DecodeEngine(EngineLoop):
             self._metrics.queue_s.observe(queue_ms / 1e3)
             self._metrics.prefix_hit_tokens.inc(cached)
             self._metrics.prefix_miss_tokens.inc(reservation.sequence.num_tokens - cached)
-            self._tell(reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms))
+            self._outbox.put(reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms))
 
     def _prefill(self, plan: Plan) -> None:
         # Tokens that have come do not wait for prompts.
-        self._publish_events()
+        self._outbox.send()
         started = self._clock()
         first_tokens = self._prefiller.run(plan.chunks, self.tick)
         self._step_timer.record(self._clock() - started)
@@ -330,7 +317,7 @@ class DecodeEngine(EngineLoop):
 
     def _put_out(self, reservation: Reservation, token: Token) -> None:
         sequence = reservation.sequence
-        self._tell(sequence, token, can_wait=sequence.num_output_tokens > FIRST_TOKENS)
+        self._outbox.put(sequence, token, can_wait=sequence.num_output_tokens > FIRST_TOKENS)
         stopping = sequence.request.stopping
         if token.token_id in sequence.stop_token_ids and sequence.num_output_tokens >= max(stopping.min_tokens, 1):
             self._complete(reservation, by_length=False, stop_token_id=token.token_id)
@@ -338,7 +325,7 @@ class DecodeEngine(EngineLoop):
             self._complete(reservation, by_length=True, stop_token_id=None)
 
     def _complete(self, reservation: Reservation, *, by_length: bool, stop_token_id: int | None) -> None:
-        self._tell(
+        self._outbox.put(
             reservation.sequence,
             Completed(
                 by_length=by_length,
@@ -355,7 +342,7 @@ class DecodeEngine(EngineLoop):
         self._end(reservation)
 
     def _fail(self, reservation: Reservation, error: PdserveError) -> None:
-        self._tell(reservation.sequence, error)
+        self._outbox.put(reservation.sequence, error)
         self._end(reservation)
 
     def _end(self, reservation: Reservation) -> None:
@@ -434,7 +421,7 @@ class DecodeEngine(EngineLoop):
         for reservation in list(self.scheduler.reservations.values()):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
-                self._tell(reservation.sequence, Lost(reservation.attempt, False, reason))
+                self._outbox.put(reservation.sequence, Lost(reservation.attempt, False, reason))
 
 
 def _is_running(reservation: Reservation, attempt: int) -> bool:

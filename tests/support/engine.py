@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from common.clock import FakeClock
@@ -51,6 +53,7 @@ class HandTurnedEngine(DecodeEngine):
             parts.cache,
             config=parts.model.config,
             stream_interval_s=0.0,
+            stream_messages_per_s=math.inf,
             clock=self.clock,
             metrics=DecodeMetrics(),
             on_events=self.record,

@@ -7,6 +7,7 @@ sequence's next token is a function of its seed and position alone, so that what
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 
@@ -163,6 +164,7 @@ class ImitatedEngine(DecodeEngine):
             cache,
             config=config,
             stream_interval_s=0.0,
+            stream_messages_per_s=math.inf,
             clock=clock,
             metrics=DecodeMetrics(),
             on_events=self.record,
