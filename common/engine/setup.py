@@ -27,9 +27,8 @@ from common.model.loader import load_model
 from common.model.qwen3 import Qwen3ForCausalLM
 from common.settings import ConfigError
 from common.transport.checksum import warm_up
-from common.transport.limits import chunk_bytes
+from common.transport.limits import DEVICE_GATHER_SLOTS, chunk_bytes
 from common.transport.messages import PROTOCOL_VERSION, PairIdentity
-from common.transport.sending import NUM_GATHER_SLOTS
 from common.transport.transports import Transports
 from common.worker import new_boot_id
 from pdserve.v1 import types_pb2, worker_pb2
@@ -185,7 +184,8 @@ def _plan_device_memory(
         ),
         graphs=graphs + (pieces if graphs else 0),
         sampling=num_states * table_bytes(config.max_num_seqs, model_config.vocab_size),
-        staging=(config.staging_chunks if config.role == "decode" else NUM_GATHER_SLOTS) * _largest_chunk_bytes(config),
+        staging=_largest_chunk_bytes(config)
+        * (config.staging_chunks if config.role == "decode" else DEVICE_GATHER_SLOTS),
         block_bytes=block_bytes,
         wanted_blocks=config.num_blocks,
     )

@@ -20,7 +20,7 @@ from common.clock import Clock, monotonic
 from common.transport.batching import Ready, Span, SpanQueue
 from common.transport.checksum import checksum
 from common.transport.group import PairBroken, PairGroup, Transfer
-from common.transport.limits import transfer_timeout_s
+from common.transport.limits import gather_slots, transfer_timeout_s
 from common.transport.messages import (
     AttemptKey,
     AttemptOutcome,
@@ -36,9 +36,6 @@ from common.transport.sending_protocol import SendingProtocol
 from common.transport.serial import Serial
 from common.transport.staging import Slot, StagingSlots
 from common.transport.watch import GroupWatch
-
-# Gathered payloads waiting for the wire or on it. With more of them, each has left the CPU's cache when it is sent.
-NUM_GATHER_SLOTS = 3
 
 
 class BlockSource(Protocol):
@@ -89,7 +86,7 @@ class SendingPair:
         self._ready: dict[OutgoingAttempt, None] = {}
         # Blocks in the host's memory can be sent from where they lie.
         self._direct = source.device.type == "cpu"
-        self._staging = StagingSlots(NUM_GATHER_SLOTS, max_chunk_bytes, group.send_buffer)
+        self._staging = StagingSlots(gather_slots(group.transport), max_chunk_bytes, group.send_buffer)
         self._in_flight: deque[_InFlight] = deque()
         self._last_used_s = self._waiting_since_s = clock()
         self._watch = GroupWatch(
