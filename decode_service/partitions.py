@@ -32,7 +32,7 @@ class State(Enum):
 
 _SEQUENTIAL = "--decode-pipeline disabled does without partitions"
 _REMEDIES = {
-    State.NO_GPU: "compute on a CUDA device; `pdserve doctor` says which are there",
+    State.NO_GPU: "compute on a GPU: --device cuda",
     State.NO_CUDA_PYTHON: "with a GPU: .venv/bin/pip install -e '.[gpu]'",
     State.DRIVER_TOO_OLD: "install driver 555 or later",
     State.DEVICE_TOO_OLD: "use a GPU of compute capability 8.0 or later",
