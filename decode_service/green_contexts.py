@@ -85,7 +85,7 @@ class GreenContextDriver:
 
     def _context(self, resource: Any) -> SmGroup:
         description = self._call("cuDevResourceGenerateDesc", [resource], 1)
-        # The driver takes no other flag.
+        # Older drivers take no other flag.
         flags = int(self._cuda.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM)
         context = self._call("cuGreenCtxCreate", description, self._device, flags)
         try:
