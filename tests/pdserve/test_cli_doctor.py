@@ -7,14 +7,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
+import torch
 
+from decode_service.green_manager import GreenManager
+from decode_service.partitions import NoPartitions, State
 from pdserve.cli import doctor
-from pdserve.cli.doctor import machine, requirements
+from pdserve.cli.doctor import cuda_probe, machine, requirements
 from pdserve.cli.doctor.bounded import finished
 from pdserve.cli.doctor.check import Check
 from pdserve.cli.doctor.ports import grpc_port, metrics_port
-from pdserve.cli.doctor.probe import Missing, Probe, check, probed
+from pdserve.cli.doctor.probe import Broken, Missing, Probe, check, probed
 from pdserve.cli.doctor.torch_probe import PROBES
+from tests.fakes.gpu import FakeGpu
 from tests.pdserve.fakes import FakeRouter
 
 OK = Check("gloo", "cpu", "ok", "fine")
@@ -66,6 +70,8 @@ async def test_this_machine_serves_on_the_cpu(pdserve):
         assert checks[name]["status"] == "ok", checks[name]
     assert {"driver", "torch on cuda", "nccl", "cuda-python", "cuInit", "green contexts"} < set(checks)
     assert len([name for name in checks if name.startswith("port")]) == 6
+    if not torch.cuda.is_available():
+        assert checks["green contexts"]["detail"] == "NO_GPU: computing on the CPU"
 
 
 async def test_a_free_port_is_fine(unused_address):
@@ -143,6 +149,7 @@ def test_a_program_that_fails_keeps_what_it_wrote(script, trouble):
     [
         (None, ("x", "gpu", "ok", "here", "")),
         (Missing("not there", "get it"), ("x", "gpu", "missing", "not there", "get it")),
+        (Broken("bent", "straighten it"), ("x", "gpu", "failed", "bent", "straighten it")),
         (OSError("first line\nsecond"), ("x", "gpu", "failed", "OSError: first line", "mend it")),
     ],
 )
@@ -160,6 +167,36 @@ def test_probes_that_a_hang_left_without_an_answer_have_failed():
     assert [one.name for one in checks] == list(PROBES)
     assert {one.status for one in checks} == {"failed"}
     assert "it did not answer within 0.01 s" in checks[0].detail
+
+
+def partitions_of(monkeypatch, driver, gpu):
+    manager = GreenManager(driver, gpu)
+    monkeypatch.setattr(GreenManager, "of", lambda device: manager)
+
+
+def test_partitions_that_work_are_fine_and_given_back(monkeypatch):
+    gpu = FakeGpu()
+    partitions_of(monkeypatch, gpu, gpu)
+    found = check("green contexts", cuda_probe.PROBES["green contexts"])
+    assert (found.status, found.detail) == ("ok", "device 0 splits its 132 SMs into 16 and 116, also in graphs")
+    assert (gpu.contexts, gpu.streams) == ({}, {})
+
+
+def test_partitions_that_overlap_have_failed(monkeypatch):
+    gpu = FakeGpu()
+    gpu.graphs_forget = True
+    partitions_of(monkeypatch, gpu, gpu)
+    found = check("green contexts", cuda_probe.PROBES["green contexts"])
+    assert found.status == "failed"
+    assert found.detail.startswith("VERIFICATION_FAILED: kernels of both partitions ran on SMs 0")
+    assert found.remedy == State.VERIFICATION_FAILED.remedy
+
+
+def test_a_driver_without_partitions_is_missing_them(monkeypatch):
+    partitions_of(monkeypatch, NoPartitions(State.DRIVER_TOO_OLD, "CUDA 12.4"), FakeGpu())
+    found = check("green contexts", cuda_probe.PROBES["green contexts"])
+    assert (found.status, found.detail) == ("missing", "DRIVER_TOO_OLD: CUDA 12.4")
+    assert found.remedy == State.DRIVER_TOO_OLD.remedy
 
 
 def test_versions_are_those_that_the_package_asks_for():

@@ -1,11 +1,11 @@
-"""What the CUDA driver can do here, asked through cuda-python: start, and split a device into SM partitions."""
+"""What the CUDA driver can do here, through cuda-python: start, and split a device into SM partitions."""
 
 from __future__ import annotations
 
 from importlib import import_module, metadata
 from typing import Any
 
-from pdserve.cli.doctor.probe import Missing, Probe
+from pdserve.cli.doctor.probe import Broken, Missing, Probe
 from pdserve.cli.doctor.requirements import unmet
 
 _INSTALL = "with a GPU: .venv/bin/pip install -e '.[gpu]'"
@@ -27,15 +27,19 @@ def init() -> str:
 
 
 def green_contexts() -> str:
-    """Makes one on the first device, as the attention/FFN pipeline does."""
-    cuda = _started()
-    device = _called(cuda.cuDeviceGet(0))
-    whole = _called(cuda.cuDeviceGetDevResource(device, cuda.CUdevResourceType.CU_DEV_RESOURCE_TYPE_SM))
-    groups, _, rest = _called(cuda.cuDevSmResourceSplitByCount(1, whole, 0, _NUM_SM))
-    description = _called(cuda.cuDevResourceGenerateDesc([groups[0]], 1))
-    flags = cuda.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM
-    _called(cuda.cuGreenCtxDestroy(_called(cuda.cuGreenCtxCreate(description, device, flags))))
-    return f"device 0 splits its {whole.sm.smCount} SMs into {groups[0].sm.smCount} and {rest.sm.smCount}"
+    """Splits the first device as a decode worker does, which lets kernels say where they run."""
+    try:
+        torch, manager = import_module("torch"), import_module("decode_service.green_manager")
+    except ModuleNotFoundError as error:
+        raise Missing(str(error)) from None
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    with manager.GreenManager.of(device) as partitions:
+        partitions.allocate(_NUM_SM, _NUM_SM)
+        stats, num_sms = partitions.stats(), partitions.num_sms
+    if stats.verified:
+        return f"device 0 splits its {num_sms} SMs into {stats.attention_sm} and {stats.ffn_sm}, also in graphs"
+    kind = Broken if stats.state.name.endswith("_FAILED") else Missing
+    raise kind(f"{stats.state.name}: {stats.reason}", stats.remedy)
 
 
 def _bindings(remedy: str = "") -> Any:
@@ -64,7 +68,5 @@ PROBES = {
     "cuInit": Probe(
         "gpu", init, "CUDA_VISIBLE_DEVICES hides no GPU? driver 580 or later? in a container: with the GPU?"
     ),
-    "green contexts": Probe(
-        "gpu", green_contexts, "the pipeline runs sequentially; partitions need driver 550 or later"
-    ),
+    "green contexts": Probe("gpu", green_contexts, "--decode-pipeline disabled does without them"),
 }

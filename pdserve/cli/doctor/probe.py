@@ -25,6 +25,14 @@ class Missing(Exception):
         self.remedy = remedy
 
 
+class Broken(Exception):
+    """It is there and does not work, for a reason that has a remedy of its own."""
+
+    def __init__(self, detail: str, remedy: str) -> None:
+        super().__init__(detail)
+        self.remedy = remedy
+
+
 class Probe(NamedTuple):
     """`run` returns the detail of an "ok". `remedy` goes with a failure."""
 
@@ -59,6 +67,8 @@ def check(name: str, probe: Probe) -> Check:
         return Check(name, probe.path, "ok", probe.run())
     except Missing as missing:
         return Check(name, probe.path, "missing", str(missing), missing.remedy)
+    except Broken as broken:
+        return Check(name, probe.path, "failed", str(broken), broken.remedy)
     except Exception as error:
         message = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         return Check(name, probe.path, "failed", message, probe.remedy)
