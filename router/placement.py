@@ -1,8 +1,8 @@
 """Which worker gets a request. Pure functions of what is known of the workers; equal costs go to the first address.
 
 A decode worker costs how full it is, in sequences and in KV blocks, less a bonus for the share of the prompt that was
-sent there before. A prefill worker costs the prompt tokens it would have to get through, those it has cached not among
-them. Workers of different fingerprints never share a request.
+sent there before; one under pressure gets nothing new. A prefill worker costs the prompt tokens it would have to get
+through, those it has cached not among them. Workers of different fingerprints never share a request.
 """
 
 from __future__ import annotations
@@ -70,16 +70,20 @@ def choose_decode(
     prefill_kinds: Collection[Kind],
     exclude: Collection[Worker] = (),
     only_with_room: bool = True,
+    heed_pressure: bool = True,
 ) -> Choice | None:
     """The cheapest decode worker, among those that a prefill worker can serve (`prefill_kinds`) if there are any.
 
-    None: no worker will do, or with `only_with_room`, none has room at the moment.
+    None: no worker will do, or with `only_with_room`, none has room at the moment, or with `heed_pressure`, those that
+    would do are under pressure.
     """
     usable = [worker for worker in usable_workers(workers, demand.kind) if worker not in exclude]
     usable = [worker for worker in usable if _kind(worker) in prefill_kinds] or usable
     candidates = [_decode_candidate(worker, demand, len(workers) > 1) for worker in usable]
     if only_with_room:
         candidates = [candidate for candidate in candidates if _has_room(candidate, demand)]
+    if heed_pressure:
+        candidates = [candidate for candidate in candidates if not candidate.worker.is_pressed]
     return _cheapest(candidates)
 
 
