@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import grpc.aio
 
@@ -28,6 +29,7 @@ class DecodeWorker:
         self._parts = parts
         self.health = Health()
         self.metrics = DecodeMetrics()
+        parts.identity.num_spare_blocks = math.ceil(config.pressure_enter_free_share * parts.identity.num_total_blocks)
         self.front = WorkerFront(parts.identity, self.health, self.metrics, clock=monotonic, drain_s=config.drain_s)
         policy = PressurePolicy(config, num_blocks=parts.identity.num_total_blocks, clock=monotonic)
         pressure = Pressure(policy, self.metrics, clock=monotonic)

@@ -140,14 +140,14 @@ class Dispatcher:
         return choose_decode(self._fleet.decode, demand, prefill_kinds=self._fleet.prefill_kinds, **options)
 
     def _note_hold(self) -> None:
-        """Is it pressure that whoever is next waits for? Then there is a worker that has room."""
+        """Is it the end of pressure that whoever is next waits for? Then there is a worker that has room."""
         head, choice = self.queue.head, None
-        if head is not None and any(worker.is_pressed for worker in self._fleet.decode):
+        if head is not None:
             choice = self._choose(self._waiting[head].demand, heed_pressure=False)
         if choice is not None and not self._hold.is_on:
             self._hold.begin()
             reasons = ", ".join(reason.name for reason in choice.worker.load.pressure)
-            log.info("prompts are held back: %s is under pressure, %s", choice.worker, reasons or "or was a moment ago")
+            log.info("prompts are held back: %s is under pressure, %s", choice.worker, reasons or "or soon would be")
         elif choice is None and self._hold.is_on:
             log.info("prompts are no longer held back, after %.3f s", self._hold.end())
 

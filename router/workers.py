@@ -48,6 +48,7 @@ class Identity(NamedTuple):
     num_total_blocks: int
     max_num_seqs: int
     eos_token_ids: tuple[int, ...]
+    num_spare_blocks: int = 0
 
     @property
     def kind(self) -> tuple[str, int]:
