@@ -122,3 +122,7 @@ def test_pressure_is_told_with_the_load_in_the_log_and_in_the_metrics(clock, cap
         "under pressure, FEW_FREE_BLOCKS: 0 reservations waiting, 7 blocks free, mean step 0.0 ms, 3 sequences running",
         "no longer under pressure: 0 reservations waiting, 100 blocks free, mean step 0.0 ms, 3 sequences running",
     ]
+
+
+def test_pressure_is_worth_telling_at_once():
+    assert BUSY._replace(pressure=(SLOW,)).differs_much_from(BUSY)
