@@ -12,8 +12,10 @@ from common.load import Load, PressureReason
 from pdserve.v1 import decode_pb2, router_pb2, types_pb2
 from router.hold import Hold
 from router.ramp import Ramp
+from router.workers import WorkerState
 from tests.fakes.cluster import FakeCluster, Reply, eventually
 from tests.fakes.decode import FakeDecode
+from tests.router.values import worker
 
 FEW_FREE = types_pb2.PRESSURE_REASON_FEW_FREE_BLOCKS
 SLOW = types_pb2.PRESSURE_REASON_SLOW_STEPS
@@ -23,7 +25,7 @@ PREEMPTED = decode_pb2.PREFILL_NEEDED_REASON_PREEMPTED
 def _seen(cluster: FakeCluster, decode: FakeDecode | None = None):
     """The worker as the router sees it."""
     address = (decode or cluster.decode).address
-    return next(worker for worker in cluster.router.fleet.decode if worker.address == address)
+    return next(one for one in cluster.router.fleet.decode if one.address == address)
 
 
 async def _press(cluster: FakeCluster, decode: FakeDecode | None = None, reason: int = FEW_FREE) -> None:
@@ -211,7 +213,7 @@ async def test_after_slow_steps_prompts_come_one_by_one_until_the_batch_bears_th
         calls = await _hold(cluster, "a", "b", "c")
         cluster.decode.tell_load(pressure=[], num_reserved=1)
         await eventually(lambda: not _seen(cluster).load.pressure)
-        assert cluster.decode.opened == [], "something is on its way there already"
+        assert cluster.router.parts.dispatcher.num_held == 3, "something is on its way there already"
         cluster.decode.tell_load(num_reserved=0)
         await eventually(lambda: cluster.decode.opened)
         cluster.decode.may_reserve.set()
@@ -236,7 +238,7 @@ async def test_workers_are_listed_with_their_pressure():
     async with FakeCluster().running() as cluster:
         await _press(cluster, reason=SLOW)
         listed = (await cluster.stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5)).workers
-        assert [list(worker.pressure) for worker in listed] == [[], [SLOW]]
+        assert [list(one.pressure) for one in listed] == [[], [SLOW]]
 
 
 def test_a_hold_counts_the_time_that_it_is_on():
@@ -251,6 +253,19 @@ def test_a_hold_counts_the_time_that_it_is_on():
     hold.begin()
     clock.advance(8)
     assert (hold.end(), hold.total_s, hold.is_on) == (8, 10, False)
+
+
+def test_after_slow_steps_one_more_is_pressure_until_its_kv_is_there():
+    one = worker(load=Load(num_running=1, num_free_blocks=50, pressure=(PressureReason.SLOW_STEPS,)))
+    quick = Load(num_running=1, num_free_blocks=50)
+    seen = [one.is_pressed]
+    one.hear(WorkerState.SERVING, quick._replace(num_reserved=1), 0, 0.0)
+    seen.append(one.is_pressed)
+    one.hear(WorkerState.SERVING, quick, 0, 0.0)
+    for _ in range(2):
+        one.take(num_blocks=1)
+        seen.append(one.is_pressed)
+    assert seen == [True, True, False, True], "the second time two may come"
 
 
 def _ramp(*heard: tuple[Load, int]) -> list[int | None]:
