@@ -181,6 +181,27 @@ class DecodeConfig(WorkerConfig):
     )
     reservation_wait_s: float = setting(30.0, "how long a reservation waits for blocks, in seconds", above=0)
 
+    pressure_enter_waiting: int = setting(
+        4,
+        "so many reservations waiting for blocks put this worker under pressure, and routers hold new prompts back; "
+        "0: no limit",
+        minimum=0,
+    )
+    pressure_leave_waiting: int = setting(0, "so few waiting reservations end the pressure", minimum=0)
+    pressure_enter_free_share: float = setting(
+        0.05, "free share of the KV blocks below which there is pressure; 0: no limit", minimum=0, maximum=1
+    )
+    pressure_leave_free_share: float = setting(
+        0.1, "free share of the KV blocks from which on it ends", minimum=0, maximum=1
+    )
+    pressure_enter_step_ms: float = setting(
+        0.0, "mean step time, in ms, above which there is pressure; 0: no limit", minimum=0
+    )
+    pressure_leave_step_ms: float = setting(
+        0.0, "mean step time, in ms, down to which it ends; 0: four fifths of pressure_enter_step_ms", minimum=0
+    )
+    pressure_min_ms: float = setting(100.0, "least time under pressure, in ms, of a worker that has work", minimum=0)
+
     decode_pipeline: str = setting(
         "auto",
         "attention/FFN pipeline on SM partitions; auto: where it measures faster; static: the split below",
@@ -189,3 +210,23 @@ class DecodeConfig(WorkerConfig):
     decode_attention_sm: int = setting(16, "SMs for attention when static", minimum=1)
     decode_ffn_sm: int = setting(16, "SMs for the FFN when static", minimum=1)
     decode_pipeline_profiling: bool = setting(False, "time every stage of every step")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pressure_leave_step_ms:
+            object.__setattr__(self, "pressure_leave_step_ms", 0.8 * self.pressure_enter_step_ms)
+        if self.pressure_leave_waiting >= self.pressure_enter_waiting > 0:
+            raise ConfigError(
+                f"pressure_leave_waiting={self.pressure_leave_waiting}: expected less than "
+                f"pressure_enter_waiting={self.pressure_enter_waiting}"
+            )
+        if self.pressure_leave_free_share < self.pressure_enter_free_share:
+            raise ConfigError(
+                f"pressure_leave_free_share={self.pressure_leave_free_share}: expected at least "
+                f"pressure_enter_free_share={self.pressure_enter_free_share}"
+            )
+        if self.pressure_leave_step_ms > self.pressure_enter_step_ms:
+            raise ConfigError(
+                f"pressure_leave_step_ms={self.pressure_leave_step_ms}: expected at most "
+                f"pressure_enter_step_ms={self.pressure_enter_step_ms}"
+            )

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 from common.clock import Clock
 
 # Weight of the newest step in the moving average.
 NEWEST = 0.1
+
+
+class PressureReason(Enum):
+    """Why a decode worker is to get no new prompts for now; the values name it in metrics."""
+
+    # One that only newer workers know.
+    UNSPECIFIED = "unspecified"
+    WAITING_RESERVATIONS = "waiting_reservations"
+    FEW_FREE_BLOCKS = "few_free_blocks"
+    SLOW_STEPS = "slow_steps"
 
 
 class Load(NamedTuple):
@@ -21,6 +32,7 @@ class Load(NamedTuple):
     num_reserved: int = 0
     num_waiting_tokens: int = 0
     step_ms: float = 0.0
+    pressure: tuple[PressureReason, ...] = ()
 
     def differs_much_from(self, other: Load) -> bool:
         """Worth telling at once, rather than with the next heartbeat."""
@@ -28,6 +40,7 @@ class Load(NamedTuple):
             self.num_running != other.num_running
             or self.num_waiting != other.num_waiting
             or self.num_reserved != other.num_reserved
+            or self.pressure != other.pressure
             or abs(self.num_free_blocks - other.num_free_blocks) * 20 > max(other.num_free_blocks, 1)
         )
 

@@ -63,6 +63,8 @@ class RouterMetrics(Metrics):
         self.workers = new.gauge("workers", "Workers as this router sees them.", "role", "state")
         self.degraded = new.gauge("degraded", "1 while no prefill worker is alive: decode workers prefill locally.")
         self.queue_s = new.histogram("queue_seconds", "Received until placed.")
+        self.held_requests = new.gauge("held_requests", "Of the queue, those held back by pressure on decode alone.")
+        self.held_s = new.histogram("held_seconds", "For how long each request that was held back was.")
         self.first_token_s = new.histogram("time_to_first_token_seconds", "Received until the first token was sent.")
         self.inter_token_s = new.histogram("inter_token_seconds", "From token to token of a stream.", buckets=STEP_S)
         self.request_s = new.histogram("request_seconds", "Received until the stream ended.")
@@ -117,6 +119,8 @@ class DecodeMetrics(WorkerMetrics):
         self.preemptions = new.counter("preemptions", "Running sequences whose blocks went to older ones.")
         self.local_prefills = new.counter("local_prefills", "Prompts computed here, not by a prefill worker.")
         self.first_step_s = new.histogram("first_step_seconds", "KV committed until the second token was known.")
+        self.pressure = new.gauge("pressure", "1 while this is why routers hold new prompts back.", "reason")
+        self.pressure_s = new.counter("pressure_seconds", "Time for which that was so.", "reason")
         self.pipeline_active = new.gauge("pipeline_active", "1 while steps run on the attention/FFN pipeline.")
 
 

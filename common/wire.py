@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from common.load import PressureReason
 from common.params import SamplingParams, StoppingParams, TokenLogprob, TopLogprob
 from pdserve.v1 import types_pb2
 
@@ -22,6 +23,8 @@ _SAMPLING_FIELDS = (
     "frequency_penalty",
 )
 _STOPPING_FIELDS = ("max_tokens", "min_tokens", "ignore_eos", "include_stop_in_output")
+_PRESSURE_NUMBERS = {one: types_pb2.PressureReason.Value(f"PRESSURE_REASON_{one.name}") for one in PressureReason}
+_PRESSURE_REASONS = {number: reason for reason, number in _PRESSURE_NUMBERS.items()}
 
 
 def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
@@ -56,3 +59,12 @@ def logprob_to_proto(value: TokenLogprob) -> types_pb2.TokenLogprob:
 
 def logprobs_to_proto(values: Iterable[TokenLogprob]) -> list[types_pb2.TokenLogprob]:
     return [logprob_to_proto(value) for value in values]
+
+
+def pressure_from_proto(numbers: Iterable[int]) -> tuple[PressureReason, ...]:
+    """A reason that this version does not know is pressure all the same."""
+    return tuple(_PRESSURE_REASONS.get(number, PressureReason.UNSPECIFIED) for number in numbers)
+
+
+def pressure_to_proto(reasons: Iterable[PressureReason]) -> list[types_pb2.PressureReason]:
+    return [_PRESSURE_NUMBERS[reason] for reason in reasons]

@@ -17,6 +17,7 @@ from common.errors import Internal, PdserveError, Unavailable
 from common.health import Health
 from common.load import Load
 from common.metrics import WorkerMetrics
+from common.wire import pressure_to_proto
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,5 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     def _load_message(self, identity: worker_pb2.WorkerIdentity | None) -> worker_pb2.WatchLoadResponse:
         load = self._load
         state = types_pb2.WORKER_STATE_DRAINING if self.draining else types_pb2.WORKER_STATE_SERVING
-        return worker_pb2.WatchLoadResponse(
-            identity=identity, state=state, num_pairs=self.num_pairs(), **load._asdict()
-        )
+        fields = {**load._asdict(), "pressure": pressure_to_proto(load.pressure)}
+        return worker_pb2.WatchLoadResponse(identity=identity, state=state, num_pairs=self.num_pairs(), **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import grpc.aio
 
@@ -15,6 +16,7 @@ from common.metrics import DecodeMetrics
 from common.worker import WorkerFront
 from decode_service.assembly import make_engine, prepare
 from decode_service.pairs import PairServer
+from decode_service.pressure import Pressure, PressurePolicy
 from decode_service.servicer import DecodeServicer, EventRouter
 from pdserve.v1 import decode_pb2_grpc, worker_pb2_grpc
 
@@ -27,14 +29,17 @@ class DecodeWorker:
         self._parts = parts
         self.health = Health()
         self.metrics = DecodeMetrics()
+        parts.identity.num_spare_blocks = math.ceil(config.pressure_enter_free_share * parts.identity.num_total_blocks)
         self.front = WorkerFront(parts.identity, self.health, self.metrics, clock=monotonic, drain_s=config.drain_s)
+        policy = PressurePolicy(config, num_blocks=parts.identity.num_total_blocks, clock=monotonic)
+        pressure = Pressure(policy, self.metrics, clock=monotonic)
         events = EventRouter()
         self.engine = make_engine(
             config,
             parts,
             metrics=self.metrics,
             on_events=events.on_events,
-            on_load=self.front.set_load,
+            on_load=lambda load: self.front.set_load(pressure.told_with(load)),
             on_crash=self.front.engine_crashed,
         )
         self.pairs = PairServer(parts.pair_identity, self.engine, config, transports=parts.transports)

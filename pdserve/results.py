@@ -90,6 +90,7 @@ class Worker:
     num_waiting: int
     num_pairs: int
     model_fingerprint: str
+    pressure: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,8 @@ def _path_from_proto(message: types_pb2.ServingPath) -> ServingPath:
 def _worker_from_proto(message: router_pb2.Worker) -> Worker:
     role = _name(types_pb2.Role, message.role, "ROLE_")
     state = _name(types_pb2.WorkerState, message.state, "WORKER_STATE_")
-    return Worker(**_fields(Worker, message) | {"role": role, "state": state})
+    pressure = tuple(_name(types_pb2.PressureReason, one, "PRESSURE_REASON_") for one in message.pressure)
+    return Worker(**_fields(Worker, message) | {"role": role, "state": state, "pressure": pressure})
 
 
 def _fields(cls: type, message: Any) -> dict[str, Any]:

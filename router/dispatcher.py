@@ -1,15 +1,18 @@
-"""From the queue to a decode worker: requests leave it when a worker has room, so overload waits here and not there."""
+"""From the queue to a decode worker: requests leave it when one has room and no pressure, so overload waits here."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from common.clock import Clock
 from common.errors import PdserveError, Unavailable
+from common.metrics import RouterMetrics
 from router.failures import Failures
 from router.fleet import Fleet
+from router.hold import Hold
 from router.placement import Choice, Demand, choose_decode, remember
 from router.queue import RequestQueue, Ticket
 from router.request import Request
@@ -43,10 +46,13 @@ class _Waiting(NamedTuple):
 class Dispatcher:
     """Belongs to the event loop. `wake` it whenever a worker may have more room."""
 
-    def __init__(self, queue: RequestQueue, fleet: Fleet, clock: Clock) -> None:
+    def __init__(self, queue: RequestQueue, fleet: Fleet, metrics: RouterMetrics, clock: Clock) -> None:
         self.queue = queue
         self._fleet = fleet
+        self._metrics = metrics
         self._clock = clock
+        # Runs while whoever is next would have a worker, were it not under pressure.
+        self._hold = Hold(clock)
         self._waiting: dict[Ticket, _Waiting] = {}
         self._sweep: asyncio.TimerHandle | None = None
         # Since when no decode worker takes new work.
@@ -68,6 +74,7 @@ class Dispatcher:
             return placement
         ticket = self.queue.join(request)
         waiting = self._waiting[ticket] = _Waiting(demand, asyncio.get_running_loop().create_future())
+        held_before_s = self._hold.total_s
         self._arm()
         # It may be ahead of those that have no room.
         self.wake()
@@ -79,17 +86,25 @@ class Dispatcher:
             raise
         finally:
             self._forget(ticket)
+            if held_s := self._hold.total_s - held_before_s:
+                self._metrics.held_s.observe(held_s)
+
+    @property
+    def num_held(self) -> int:
+        """Those that wait because decode is under pressure."""
+        return len(self.queue) if self._hold.is_on else 0
 
     async def place_again(self, demand: Demand, failures: Failures, *, wait_s: float) -> Placement | None:
-        """Another decode worker for a request that lost its own: one with room if there is one, else any.
+        """Another decode worker for a request that lost its own: one with room and no pressure if there is, else any.
 
-        None: none has come up within `wait_s`.
+        It waits for neither, only for a worker, which may take `wait_s`; None: none has come up. Pressure ends as
+        requests that have begun end, and this is one of them.
         """
         until_s = self._clock() + wait_s
         while True:
             changed = self._changed
             exclude = failures.excluded
-            placement = self._place_now(demand, exclude) or self._place_now(demand, exclude, only_with_room=False)
+            placement = self._place_now(demand, exclude) or self._place_now(demand, exclude, anywhere=True)
             left_s = until_s - self._clock()
             if placement is not None or left_s <= 0:
                 return placement
@@ -112,21 +127,29 @@ class Dispatcher:
                 continue
             placement = self._place_now(waiting.demand)
             if placement is None:
-                return
+                break
             self.queue.take(ticket)
             waiting.placed.set_result(placement)
+        self._note_hold()
 
-    def _place_now(
-        self, demand: Demand, exclude: list[Worker] | None = None, *, only_with_room: bool = True
-    ) -> Placement | None:
-        choice = choose_decode(
-            self._fleet.decode,
-            demand,
-            prefill_kinds=self._fleet.prefill_kinds,
-            exclude=exclude or (),
-            only_with_room=only_with_room,
-        )
+    def _place_now(self, demand: Demand, exclude: Sequence[Worker] = (), *, anywhere: bool = False) -> Placement | None:
+        choice = self._choose(demand, exclude=exclude, only_with_room=not anywhere, heed_pressure=not anywhere)
         return None if choice is None else self._take(choice, demand)
+
+    def _choose(self, demand: Demand, **options: Any) -> Choice | None:
+        return choose_decode(self._fleet.decode, demand, prefill_kinds=self._fleet.prefill_kinds, **options)
+
+    def _note_hold(self) -> None:
+        """Is it the end of pressure that whoever is next waits for? Then there is a worker that has room."""
+        head, choice = self.queue.head, None
+        if head is not None:
+            choice = self._choose(self._waiting[head].demand, heed_pressure=False)
+        if choice is not None and not self._hold.is_on:
+            self._hold.begin()
+            reasons = ", ".join(reason.name for reason in choice.worker.load.pressure)
+            log.info("prompts are held back: %s is under pressure, %s", choice.worker, reasons or "or soon would be")
+        elif choice is None and self._hold.is_on:
+            log.info("prompts are no longer held back, after %.3f s", self._hold.end())
 
     def _take(self, choice: Choice, demand: Demand) -> Placement:
         log.debug("decode goes to %s", choice)

@@ -14,6 +14,7 @@ import grpc.aio
 from common import rpc
 from common.clock import Clock, monotonic
 from common.load import Load
+from common.wire import pressure_from_proto
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from router.placement import Kind, usable_workers
 from router.workers import Identity, Role, Worker, WorkerState
@@ -175,6 +176,7 @@ class Fleet:
         serves = message.state == types_pb2.WORKER_STATE_SERVING
         state = WorkerState.SERVING if serves else WorkerState.DRAINING
         load = Load(**{name: getattr(message, name) for name in Load._fields})
+        load = load._replace(pressure=pressure_from_proto(message.pressure))
         worker.hear(state, load, message.num_pairs, self._clock())
 
     @contextlib.contextmanager

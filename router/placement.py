@@ -1,8 +1,8 @@
 """Which worker gets a request. Pure functions of what is known of the workers; equal costs go to the first address.
 
 A decode worker costs how full it is, in sequences and in KV blocks, less a bonus for the share of the prompt that was
-sent there before. A prefill worker costs the prompt tokens it would have to get through, those it has cached not among
-them. Workers of different fingerprints never share a request.
+sent there before; one under pressure gets nothing new. A prefill worker costs the prompt tokens it would have to get
+through, those it has cached not among them. Workers of different fingerprints never share a request.
 """
 
 from __future__ import annotations
@@ -70,16 +70,20 @@ def choose_decode(
     prefill_kinds: Collection[Kind],
     exclude: Collection[Worker] = (),
     only_with_room: bool = True,
+    heed_pressure: bool = True,
 ) -> Choice | None:
     """The cheapest decode worker, among those that a prefill worker can serve (`prefill_kinds`) if there are any.
 
-    None: no worker will do, or with `only_with_room`, none has room at the moment.
+    None: no worker will do, or with `only_with_room`, none has room at the moment, or with `heed_pressure`, those that
+    would do are under pressure, or would be with it.
     """
     usable = [worker for worker in usable_workers(workers, demand.kind) if worker not in exclude]
     usable = [worker for worker in usable if _kind(worker) in prefill_kinds] or usable
     candidates = [_decode_candidate(worker, demand, len(workers) > 1) for worker in usable]
     if only_with_room:
         candidates = [candidate for candidate in candidates if _has_room(candidate, demand)]
+    if heed_pressure:
+        candidates = [candidate for candidate in candidates if not _is_pressed(candidate, demand)]
     return _cheapest(candidates)
 
 
@@ -127,9 +131,20 @@ def _has_room(candidate: Candidate, demand: Demand) -> bool:
     worker, identity = candidate.worker, _identity(candidate.worker)
     if not worker.num_seqs:
         return True
-    num_needed = demand.num_blocks(identity) - candidate.num_cached_blocks
     has_slot = worker.num_seqs < identity.max_num_seqs and not worker.load.num_waiting
-    return has_slot and num_needed <= worker.num_free_blocks
+    return has_slot and _num_left(candidate, demand) >= 0
+
+
+def _is_pressed(candidate: Candidate, demand: Demand) -> bool:
+    """Whether it is under pressure, or would be with this. What an idle worker could bear, it is asked to."""
+    worker, num_spare = candidate.worker, _identity(candidate.worker).num_spare_blocks
+    return worker.is_pressed or (worker.num_seqs > 0 and 0 <= _num_left(candidate, demand) < num_spare)
+
+
+def _num_left(candidate: Candidate, demand: Demand) -> int:
+    """Blocks that would be free with it."""
+    num_needed = demand.num_blocks(_identity(candidate.worker)) - candidate.num_cached_blocks
+    return candidate.worker.num_free_blocks - num_needed
 
 
 def _cheapest(candidates: list[Candidate]) -> Choice | None:

@@ -50,7 +50,7 @@ class Router:
         self._queue = RequestQueue(
             max_requests=config.max_queue_requests, max_tokens=config.max_queue_tokens, clock=clock
         )
-        self._dispatcher = Dispatcher(self._queue, self.fleet, clock)
+        self._dispatcher = Dispatcher(self._queue, self.fleet, self.metrics, clock)
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
         self.parts = Parts(self.fleet, self._dispatcher, Pacer(), tokenizer, self.metrics, clock)
         self._servicer = RouterServicer(config, self.parts, self._in_flight)
@@ -92,6 +92,7 @@ class Router:
     def _mirror_in_metrics(self) -> None:
         self.metrics.queue_requests.set_function(lambda: len(self._queue))
         self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+        self.metrics.held_requests.set_function(lambda: self._dispatcher.num_held)
         self.metrics.degraded.set_function(lambda: self.fleet.is_degraded)
         for role, state in itertools.product(Role, WorkerState):
             gauge = self.metrics.workers.labels(role=role.value, state=state.value)

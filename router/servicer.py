@@ -12,6 +12,7 @@ import grpc.aio
 from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, Unavailable
+from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
 from router.fleet import ServedModel
@@ -170,4 +171,5 @@ def _worker(worker: Worker) -> router_pb2.Worker:
         num_waiting=load.num_waiting,
         num_pairs=worker.num_pairs,
         model_fingerprint=identity.model_fingerprint if identity else "",
+        pressure=pressure_to_proto(load.pressure),
     )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from common.errors import Unavailable
 from common.load import Load
 from router.prefixes import PrefixIndex
+from router.ramp import Ramp
 
 # A step counter must stand still for this many steps of the usual length before it means anything.
 WEDGED_STEPS = 20
@@ -47,6 +48,7 @@ class Identity(NamedTuple):
     num_total_blocks: int
     max_num_seqs: int
     eos_token_ids: tuple[int, ...]
+    num_spare_blocks: int = 0
 
     @property
     def kind(self) -> tuple[str, int]:
@@ -76,6 +78,7 @@ class Worker:
         # Grows each time the worker is met anew.
         self.generation = 0
         self.prefixes = PrefixIndex(0)
+        self._ramp = Ramp()
         self._wedged_after_s = wedged_after_s
         self._stepped_s = 0.0
         self._on_loss: dict[object, LossCallback] = {}
@@ -84,6 +87,7 @@ class Worker:
         # What this router's requests take there, and of that, what the worker has not been seen to count yet.
         self._num_seqs = 0
         self._num_blocks = 0
+        self._num_uncounted = 0
         self._num_uncounted_blocks = 0
         self._num_tokens = 0
 
@@ -102,6 +106,17 @@ class Worker:
     def num_seqs(self) -> int:
         """Sequences running, reserved or waiting there."""
         return max(self._num_seqs, self.load.num_running + self.load.num_reserved + self.load.num_waiting)
+
+    @property
+    def num_coming(self) -> int:
+        """Of those, the ones whose KV is not there yet."""
+        return self._num_uncounted + self.load.num_reserved + self.load.num_waiting
+
+    @property
+    def is_pressed(self) -> bool:
+        """A decode worker that is to get nothing new, by what it last told. It tells anew at least every 500 ms, or is
+        lost and then not asked at all: no pressure outlives the news of it."""
+        return bool(self.load.pressure) or (self._ramp.most is not None and self.num_coming >= self._ramp.most)
 
     @property
     def num_free_blocks(self) -> int:
@@ -125,10 +140,12 @@ class Worker:
 
     def hear(self, state: WorkerState, load: Load, num_pairs: int, now_s: float) -> None:
         """A message of the load stream, SERVING or DRAINING."""
+        assert self.identity is not None, "a worker is met before it is heard"
         has_work = load.num_running or load.num_reserved or load.num_waiting
         if load.step_counter != self.load.step_counter or not has_work:
             self._stepped_s = now_s
         self.load, self.num_pairs = load, num_pairs
+        self._ramp.hear(load, num_coming=self.num_coming, max_num_seqs=self.identity.max_num_seqs)
         stood_still_s = now_s - self._stepped_s
         if stood_still_s >= max(self._wedged_after_s, WEDGED_STEPS * load.step_ms / 1e3):
             self.lose(f"its step counter has stood still for {stood_still_s:.1f} s with work waiting")
@@ -157,12 +174,14 @@ class Worker:
     def take(self, *, num_blocks: int = 0, num_tokens: int = 0) -> Share:
         """A request goes there. Its share counts at once, before the worker tells of it."""
         self._num_seqs += 1
+        self._num_uncounted += 1
         self._num_blocks += num_blocks
         self._num_uncounted_blocks += num_blocks
         self._num_tokens += num_tokens
         return Share(self, num_blocks, num_tokens)
 
     def count(self, share: Share) -> None:
+        self._num_uncounted -= 1
         self._num_uncounted_blocks -= share.num_blocks
 
     def give_back(self, share: Share) -> None:

@@ -34,6 +34,9 @@ async def run(args: argparse.Namespace) -> int:
     terminal.print(_table(known) if known.workers else f"the router at {args.router} knows no worker")
     for fingerprint in sorted({worker.model_fingerprint for worker in known.workers} - {""}):
         terminal.print(_holders(fingerprint, known), soft_wrap=True)
+    for worker in known.workers:
+        if worker.pressure:
+            terminal.print(_pressure(worker), style="yellow", soft_wrap=True)
     if known.degraded:
         terminal.print("degraded: no prefill worker is alive, so decode workers prefill locally", style="yellow")
     return 0
@@ -65,6 +68,11 @@ def _holders(fingerprint: str, known: Workers) -> Text:
     """Two models side by side are a rolling upgrade: workers pair only within one."""
     names = [_name(worker) for worker in known.workers if worker.model_fingerprint == fingerprint]
     return Text.assemble((f"model {fingerprint[:12]} on ", "dim"), ", ".join(names))
+
+
+def _pressure(worker: Worker) -> str:
+    reasons = ", ".join(reason.lower().replace("_", " ") for reason in worker.pressure)
+    return f"{_name(worker)} is under pressure and gets no new prompts: {reasons}"
 
 
 def _name(worker: Worker) -> str:

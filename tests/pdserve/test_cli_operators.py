@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from common import errors
-from pdserve.v1 import decode_pb2, router_pb2
+from pdserve.v1 import decode_pb2, router_pb2, types_pb2
 from tests.pdserve.fakes import HANG, WORKERS, FakeRouter, FakeWorker
 
 
@@ -31,6 +31,14 @@ async def test_workers_as_json_have_every_field(serve, pdserve):
     assert known["degraded"] is False
     assert set(known["workers"][0]) == {field.name for field in router_pb2.Worker.DESCRIPTOR.fields}
     assert (known["workers"][0]["state"], known["workers"][1]["role"]) == ("SERVING", "DECODE")
+
+
+async def test_pressure_is_shown_with_its_reasons(serve, pdserve):
+    reasons = [types_pb2.PRESSURE_REASON_FEW_FREE_BLOCKS, types_pb2.PRESSURE_REASON_SLOW_STEPS]
+    pressed = router_pb2.Worker(role=types_pb2.ROLE_DECODE, instance_id="decode-b", pressure=reasons)
+    router = FakeRouter(workers=router_pb2.ListWorkersResponse(workers=[pressed]))
+    _, stdout, _ = await pdserve("workers", "--router", await serve(router.add_to))
+    assert "decode-b is under pressure and gets no new prompts: few free blocks, slow steps" in stdout
 
 
 async def test_a_degraded_cluster_is_called_so(serve, pdserve):

@@ -1,6 +1,6 @@
 """Where requests go, and why."""
 
-from common.load import Load
+from common.load import Load, PressureReason
 from router.placement import Demand, choose_decode, choose_prefill, remember
 from router.workers import Role, Worker, WorkerState
 from tests.router.values import identity, worker
@@ -79,6 +79,30 @@ def test_requests_do_not_queue_behind_what_waits_at_decode():
 
 def test_an_idle_worker_is_asked_whatever_it_told():
     assert _chosen_decode([_decode("a", Load(num_free_blocks=0))]) == "a"
+
+
+def test_workers_under_pressure_get_nothing_new():
+    pressed = IDLE._replace(pressure=(PressureReason.FEW_FREE_BLOCKS,))
+    workers = [_decode("a", pressed), _decode("b", Load(num_free_blocks=50, num_running=5))]
+    assert _chosen_decode(workers) == "b"
+    assert _chosen_decode(workers[:1]) is None
+    assert _chosen_decode(workers[:1], heed_pressure=False) == "a"
+
+
+def test_pressure_does_not_send_requests_where_no_prefill_worker_serves():
+    pressed = _decode("a", IDLE._replace(pressure=(PressureReason.SLOW_STEPS,)))
+    assert _chosen_decode([pressed, _decode("b", model_fingerprint="without prefill")]) is None
+
+
+def test_a_request_that_would_put_a_worker_under_pressure_waits():
+    load = Load(num_free_blocks=36, num_running=1)
+    assert _chosen_decode([_decode("a", load, num_spare_blocks=30)]) == "a"
+    assert _chosen_decode([_decode("a", load, num_spare_blocks=31)]) is None
+    assert _chosen_decode([_decode("a", load, num_spare_blocks=31)], heed_pressure=False) == "a"
+
+
+def test_an_idle_worker_need_not_keep_blocks_free():
+    assert _chosen_decode([_decode("a", IDLE, num_spare_blocks=100)]) == "a"
 
 
 def test_only_serving_workers_are_considered():
