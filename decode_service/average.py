@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Of a new value against those before.
 WEIGHT = 0.25
-# No value counts as further from the mean than this factor: any single step may be held up by something else.
+# No value counts as more than so many times the mean: a step may be held up, but none is faster than it can be.
 MOST = 1.25
 
 
@@ -18,7 +18,7 @@ class Average:
 
     def add(self, value: float) -> None:
         if self._num_values:
-            value = min(max(value, self.value / MOST), self.value * MOST)
+            value = min(value, self.value * MOST)
         self._num_values += 1
         self.value += max(WEIGHT, 1 / self._num_values) * (value - self.value)
 

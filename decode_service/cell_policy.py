@@ -43,7 +43,7 @@ LONGEST_PAUSE = 512
 CALM = 128
 # Share of a step's time that a change must promise; half of it must come true.
 MIN_GAIN = 0.02
-# Sequential does not try what is predicted to take longer, unless nothing else is there.
+# What is predicted to take so many times as long as sequential is not tried, unless nothing else is there to try.
 HOPELESS = 1.25
 
 
@@ -152,6 +152,7 @@ class CellPolicy:
         else:
             self.choice = min(known, key=known.__getitem__)
             self._trial = Trial(None, 1.0)
+            self.predictions.restart(self.choice)
 
     def _decide(self, step_s: float, probe_s: float | None) -> Change | None:
         """At the end of a window: what its steps and its probe took."""
@@ -178,7 +179,8 @@ class CellPolicy:
     def _decide_sequential(self, probed_share: float | None) -> Change | None:
         if self._candidate is None:
             if self.cell.num_seqs >= 2 and self._retry.is_over(self._now):
-                self._candidate, self._num_held = self._least_tried(self._arrangements.all), 0
+                options, self._num_held = self._arrangements.all, 0
+                self._candidate = self._least_tried(options) or self._best(options)
                 if self._candidate is not None:
                     self.predictions.restart(self._candidate)
             return None
@@ -252,7 +254,7 @@ class CellPolicy:
             kinds.setdefault(self._arrangements.kind(one), []).append(one)
         best = {kind: self._best(alike) for kind, alike in kinds.items()}
         shares = {kind: self._predicted(one) for kind, one in best.items() if one is not None}
-        hopeful = [kind for kind, share in shares.items() if share <= max(HOPELESS, min(shares.values()))]
+        hopeful = [kind for kind, share in shares.items() if share <= HOPELESS]
         kind = min(hopeful, key=lambda one: (self._tried_at.get(one, -1), shares[one]), default=None)
         if kind is None:
             return None

@@ -91,7 +91,7 @@ class PipelinePolicy:
 
     def _lend(self, cell: Cell) -> Predictions:
         """From the nearest cell that has measurements."""
-        measured = [one for one, known in self._predictions.items() if known.sequential is not None]
+        measured = [one for one, known in self._predictions.items() if known.is_own]
         nearest = min(measured, key=cell.distance, default=None)
         if nearest is None:
             return Predictions(self._arrangements, self._num_layers, None)

@@ -21,6 +21,8 @@ class Predictions:
     """Of one cell. Starts from its calibration, or from another cell's predictions."""
 
     def __init__(self, arrangements: Arrangements, num_layers: int, calibration: CellCalibration | None) -> None:
+        # Some of it was measured in this cell.
+        self.is_own = calibration is not None
         self._arrangements = arrangements
         self._stages: dict[Cut, StageTimes] = {}
         self._residuals: dict[Arrangement, Average] = {}
@@ -40,6 +42,7 @@ class Predictions:
     def lend(self) -> Predictions:
         """For a cell without data: the same shares as guesses, which its first measurements replace."""
         lent = copy.copy(self)
+        lent.is_own = False
         lent.sequential = None
         lent._stages = {cut: stages.lend() for cut, stages in self._stages.items()}
         lent._residuals = {one: residual.guess() for one, residual in self._residuals.items()}
@@ -66,6 +69,7 @@ class Predictions:
         """A step took this share of a sequential one."""
         residual = self._residuals.setdefault(arrangement, Average(1.0, num_values=0))
         residual.add(share / self._makespan(arrangement))
+        self.is_own = True
 
     def restart(self, arrangement: Arrangement) -> None:
         """What was measured of it is old: its next step replaces that."""

@@ -54,6 +54,8 @@ class PartitionModel:
     # What nobody foresees: an arrangement that is slower than its stages say.
     surprises: dict[Arrangement, float] = field(default_factory=dict)
     noise: float = 0.0
+    # Share of steps that are held up, and take three times as long.
+    hiccups: float = 0.0
     seed: int = 0
     # Multiplies attention; tests turn it while steps run.
     attention_drift: float = 1.0
@@ -102,7 +104,7 @@ class PartitionModel:
     def run(self, arrangement: Arrangement | None, cell: Cell) -> tuple[float, dict[Lane, float]]:
         """A step on this GPU: seconds, and for how long each lane was busy."""
         seconds, busy_s = self._step(arrangement, cell)
-        noisy = max(0.5, self._random.gauss(1.0, self.noise))
+        noisy = max(0.5, self._random.gauss(1.0, self.noise)) * (3 if self._random.random() < self.hiccups else 1)
         return seconds * noisy, {lane: busy * noisy for lane, busy in busy_s.items()}
 
     def _step(self, arrangement: Arrangement | None, cell: Cell) -> tuple[float, dict[Lane, float]]:
