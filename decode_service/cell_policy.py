@@ -1,6 +1,6 @@
 """Chooses how the steps of one cell run. Knows no device and no clock: it counts steps, in windows of 32.
 
-    sequential ──3 probed windows with a predicted gain──▶ on trial ──3 windows that keep it──▶ pipelined
+    sequential ──5 probed windows with a predicted gain──▶ on trial ──3 windows that keep it──▶ pipelined
         ▲  ▲                                                │    ▲                                  │
         │  └──────────── no gain: back to what was ─────────┘    └── 3 windows in which a neighbour
         │                                                            is predicted to gain ──────────┤
@@ -17,6 +17,7 @@ every eighth window, one more step is a sample of stage times.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from decode_service.windows import Pause, Window
 
 # In windows.
 HOLD = 3
+# Of what sequential tries.
+NUM_PROBES = 5
 TRIAL = 3
 LOSING = 6
 SAMPLE_EVERY = 8
@@ -41,6 +44,10 @@ LONGEST_RETRY = 64
 LONGEST_PAUSE = 512
 # After so many without a change, pauses start from the shortest again.
 CALM = 128
+# Steps that suddenly take so much more or less, by a clock or another batch, are compared with new probes alone.
+JUMP = 0.1
+# Windows from one such jump to the next, so that decisions are made whatever steps do.
+JUMPS_APART = 12
 # Share of a step's time that a change must promise; half of it must come true.
 MIN_GAIN = 0.02
 # What is predicted to take so many times as long as sequential is not tried, unless nothing else is there to try.
@@ -75,7 +82,12 @@ class CellPolicy:
         # While pipelined: what this window's probe runs, which is sequential mostly.
         self._explored: Arrangement | None = None
         self._num_held = 0
+        # The last ones, in seconds: of what is tried, or while pipelined of sequential. Their median, since any single
+        # step may be held up.
+        self._probes: list[float] = []
         self._num_losing = 0
+        self._last_step_s: float | None = None
+        self._jumped_at = -JUMPS_APART
         self._retry = Pause(PAUSE, LONGEST_RETRY)
         self._left = {arrangement: Pause(PAUSE, LONGEST_PAUSE) for arrangement in arrangements.all}
         # The window in which each kind was last probed.
@@ -124,7 +136,7 @@ class CellPolicy:
     @property
     def _is_sampled(self) -> bool:
         if self.choice is None:
-            return self._candidate is not None and self._num_held == 0
+            return self._candidate is not None and len(self._probes) < HOLD
         return self._now % SAMPLE_EVERY == 0
 
     @property
@@ -156,11 +168,18 @@ class CellPolicy:
 
     def _decide(self, step_s: float, probe_s: float | None) -> Change | None:
         """At the end of a window: what its steps and its probe took."""
+        if self._is_jump(step_s):
+            self._probes, probe_s, self._explored, self._jumped_at = [], None, None, self._now
+            self.predictions.restart_sequential()
+        self._last_step_s = step_s
         if self.choice is None:
             self.predictions.add_sequential(step_s)
-            return self._decide_sequential(None if probe_s is None else probe_s / self._sequential_s)
+            return self._decide_sequential(probe_s)
         if probe_s is not None and self._explored is None:
-            self.predictions.add_sequential(probe_s)
+            self._probes = [*self._probes[1 - HOLD :], probe_s]
+            self.predictions.add_sequential(statistics.median_low(self._probes))
+        if self._now - self._jumped_at < HOLD:
+            return None
         if self.predictions.sequential is None:
             return None
         if probe_s is not None and self._explored is not None:
@@ -171,26 +190,30 @@ class CellPolicy:
         self._share.add(share)
         return None if self._is_fixed else self._decide_pipelined(self.choice, self._share.value)
 
+    def _is_jump(self, step_s: float) -> bool:
+        if self._last_step_s is None or self._now - self._jumped_at < JUMPS_APART:
+            return False
+        return abs(step_s / self._last_step_s - 1) > JUMP
+
     @property
     def _sequential_s(self) -> float:
         assert self.predictions.sequential is not None, "a window of sequential steps, or a probe, came before"
         return self.predictions.sequential.value
 
-    def _decide_sequential(self, probed_share: float | None) -> Change | None:
+    def _decide_sequential(self, probe_s: float | None) -> Change | None:
         if self._candidate is None:
             if self.cell.num_seqs >= 2 and self._retry.is_over(self._now):
-                options, self._num_held = self._arrangements.all, 0
+                options = self._arrangements.all
                 self._candidate = self._least_tried(options) or self._best(options)
-                if self._candidate is not None:
-                    self.predictions.restart(self._candidate)
             return None
-        if probed_share is None:
-            return None
-        self.predictions.add_step(self._candidate, probed_share)
-        self._num_held += 1
-        if self._num_held < HOLD:
+        if probe_s is not None:
+            self._probes.append(probe_s)
+        if len(self._probes) < NUM_PROBES:
             return None
         candidate, self._candidate = self._candidate, None
+        self.predictions.restart(candidate)
+        self.predictions.add_step(candidate, statistics.median(self._probes) / self._sequential_s)
+        self._probes = []
         if self._predicted(candidate) <= 1 - MIN_GAIN:
             return self._move(candidate, Reason.PREDICTED_GAIN, Trial(None, 1.0))
         self._retry.start(self._now)
@@ -238,7 +261,9 @@ class CellPolicy:
             self.predictions.restart(after)
         self.reason = reason if after is None else None
         self._changed_at = self._now
-        self._share, self._candidate, self._explored, self._num_held, self._num_losing = None, None, None, 0, 0
+        self._share, self._candidate, self._explored = None, None, None
+        self._num_held, self._num_losing = 0, 0
+        self._last_step_s, self._probes = None, []
         return change
 
     def _best(self, options: Iterable[Arrangement]) -> Arrangement | None:

@@ -65,6 +65,11 @@ class Predictions:
         else:
             self.sequential.add(seconds)
 
+    def restart_sequential(self) -> None:
+        """What was measured of sequential steps is old: the next one replaces that."""
+        if self.sequential is not None:
+            self.sequential = self.sequential.guess()
+
     def add_step(self, arrangement: Arrangement, share: float) -> None:
         """A step took this share of a sequential one."""
         residual = self._residuals.setdefault(arrangement, Average(1.0, num_values=0))
@@ -81,13 +86,13 @@ class Predictions:
         stages = self._stages.get(arrangement.cut)
         if stages is None or self.sequential is None or not self._arrangements.is_partitioned(arrangement):
             return
-        is_first = not stages.is_sampled
+        was_sampled = stages.is_sampled
         before = {one: self._makespan(one) for one in self._residuals if one.cut is arrangement.cut}
         sequential_s = self.sequential.value
         busy = {lane: seconds / sequential_s for lane, seconds in busy_s.items()}
         stages.add_busy(arrangement.attention_sm, arrangement.ffn_sm, busy)
-        if is_first:
-            # It shows how much the lanes slow each other. The residuals had that in them; only later samples are news.
+        if stages.is_sampled and not was_sampled:
+            # They show how much the lanes slow each other. The residuals had that in them; what comes later is news.
             for one, makespan in before.items():
                 self._residuals[one].value *= makespan / self._makespan(one)
 

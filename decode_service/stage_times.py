@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Mapping, Sequence
 
 from decode_service.average import Average
@@ -10,6 +11,7 @@ from decode_service.calibration import StageTime
 from decode_service.pipeline_order import Cut, Lane, Timeline, order, timeline
 
 NUM_MICRO_BATCHES = 2
+NUM_SAMPLES = 3
 
 
 class StageTimes:
@@ -21,14 +23,21 @@ class StageTimes:
         self._times = {lane: sorted((one for one in times if one.lane is lane), key=_num_sm) for lane in Lane}
         self._scales = {lane: Average(1.0, num_values=0) for lane in Lane}
         self._makespans: dict[tuple[int, int], float] = {}
-        self.is_sampled = False
+        # The last ones of each lane, over what was measured alone. Their median counts: any one may be held up.
+        self._samples: dict[Lane, list[float]] = {lane: [] for lane in Lane}
 
     def lend(self) -> StageTimes:
         """The same times for another cell, whose first sample replaces the scale."""
         lent = copy.copy(self)
         lent._makespans = {}
+        lent._samples = {lane: [] for lane in Lane}
         lent._scales = {lane: scale.guess() for lane, scale in self._scales.items()}
         return lent
+
+    @property
+    def is_sampled(self) -> bool:
+        """Often enough to count."""
+        return len(self._samples[Lane.FFN]) == NUM_SAMPLES
 
     def makespan(self, attention_sm: int, ffn_sm: int, *, overlaps: bool) -> float:
         """Of a step; without overlap every stage waits for the one before."""
@@ -42,10 +51,12 @@ class StageTimes:
     def add_busy(self, attention_sm: int, ffn_sm: int, busy: Mapping[Lane, float]) -> None:
         """A step was measured in which the lanes were busy for so long."""
         alone = self._timeline(attention_sm, ffn_sm, dict.fromkeys(Lane, 1.0))
-        for lane, scale in self._scales.items():
-            scale.add(busy[lane] / alone.busy_s(lane))
-        self._makespans.clear()
-        self.is_sampled = True
+        for lane, samples in self._samples.items():
+            samples[:] = [*samples[1 - NUM_SAMPLES :], busy[lane] / alone.busy_s(lane)]
+        if self.is_sampled:
+            for lane, samples in self._samples.items():
+                self._scales[lane].add(statistics.median(samples))
+            self._makespans.clear()
 
     def _timeline(self, attention_sm: int, ffn_sm: int, scales: Mapping[Lane, float]) -> Timeline:
         num_sm = {Lane.ATTENTION: attention_sm, Lane.FFN: ffn_sm}

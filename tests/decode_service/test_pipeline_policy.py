@@ -89,7 +89,7 @@ def test_where_the_pipeline_never_pays_steps_are_sequential_and_looking_costs_no
     policy = make_policy(model, cell)
     outcome = drive(policy, model, cell, 20_000)
     assert policy.choice(cell) is None
-    assert policy.reason(cell) in (Reason.SEQUENTIAL_IS_FASTER, Reason.LOSS_AGAINST_SEQUENTIAL)
+    assert policy.reason(cell) in (Reason.SEQUENTIAL_IS_FASTER, Reason.LOSS_AGAINST_SEQUENTIAL, Reason.NO_GAIN)
     # The noise itself is as much.
     assert outcome.speed > 0.99
     assert len(outcome.changes) <= 4
@@ -142,11 +142,11 @@ def test_attempts_after_a_loss_come_ever_more_rarely():
     model = PartitionModel(contention=HOPELESS)
     policy = make_policy(model, BALANCED)
     purposes = drive(policy, model, BALANCED, 20_000).purposes
-    attempts = [step // WINDOW for step, purpose in enumerate(purposes) if purpose is Purpose.SAMPLE]
-    gaps = [later - earlier for earlier, later in itertools.pairwise(attempts)]
-    assert gaps[:4] == sorted(gaps[:4])
-    assert gaps[3] > 3 * gaps[0]
-    assert max(gaps) < 100
+    probed = [step // WINDOW for step, purpose in enumerate(purposes) if purpose is Purpose.PROBE]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(probed) if later - earlier > 4]
+    assert pauses[:4] == sorted(pauses[:4])
+    assert pauses[3] > 5 * pauses[0]
+    assert max(pauses) < 80
 
 
 def test_pairs_follow_a_load_that_drifts_one_at_a_time():
