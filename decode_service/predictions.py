@@ -92,7 +92,7 @@ class Predictions:
         busy = {lane: seconds / sequential_s for lane, seconds in busy_s.items()}
         stages.add_busy(arrangement.attention_sm, arrangement.ffn_sm, busy)
         if stages.is_sampled and not was_sampled:
-            # They show how much the lanes slow each other. The residuals had that in them; what comes later is news.
+            # The first samples show how much the lanes slow each other, which residuals contained. Later ones are news.
             for one, makespan in before.items():
                 self._residuals[one].value *= makespan / self._makespan(one)
 
