@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
@@ -13,18 +12,11 @@ from common.engine.kv_cache import KvCache
 from common.errors import FailedPrecondition
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Activations, Qwen3ForCausalLM
+from decode_service.decisions import Mode
 from decode_service.graphs import StepGraphs
 
 # Takes a step's logits: draws the tokens, where that belongs to the step.
 Finish = Callable[[torch.Tensor], None]
-
-
-class Mode(Enum):
-    """What was asked for."""
-
-    AUTO = "auto"
-    STATIC = "static"
-    DISABLED = "disabled"
 
 
 @dataclass(frozen=True, slots=True)
