@@ -53,8 +53,7 @@ class KernelOperations:
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        # What attention may fill. A caller that gives it a part of the device sets fewer.
-        self.attention_sms = num_sms(device)
+        self.num_sms = num_sms(device)
 
     def long_prompts(self, device: torch.device) -> str:
         """What computes their attention, for a person."""
@@ -115,7 +114,7 @@ class KernelOperations:
             num_kv_heads=self.num_kv_heads,
             num_query_heads=self.num_heads,
             head_dim=self.head_dim,
-            num_programs=self.attention_sms,
+            num_programs=batch.attention_sm or self.num_sms,
             dtype=dtype,
         )
 
@@ -179,7 +178,7 @@ class InvariantOperations(KernelOperations):
             num_kv_heads=self.num_kv_heads,
             num_query_heads=self.num_heads,
             head_dim=self.head_dim,
-            num_programs=self.attention_sms,
+            num_programs=batch.attention_sm or self.num_sms,
             chunk=INVARIANT_CHUNK,
         )
         return plan, table_TP

@@ -43,6 +43,8 @@ class ForwardBatch:
     block_table_SP: Tensor
     # Rows of T whose logits are wanted; None stands for all.
     logit_rows: Tensor | None
+    # How many of the device's SMs attention may fill; None: all.
+    attention_sm: int | None = None
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
@@ -103,6 +105,24 @@ class ForwardBatch:
         if self.query_starts is None:
             return self.query_start_S1 is None
         return len(self.token_ids_T) == len(self.kv_len_S)
+
+    def part(self, first: int, end: int, *, attention_sm: int | None = None) -> ForwardBatch:
+        """Sequences [first, end) of a batch of one token each, over the same memory: a micro-batch."""
+        assert self.decode_only
+        assert self.logit_rows is None
+        count = end - first
+        return ForwardBatch(
+            token_ids_T=self.token_ids_T[first:end],
+            positions_T=self.positions_T[first:end],
+            slot_mapping_T=self.slot_mapping_T[first:end],
+            query_starts=None if self.query_starts is None else self.query_starts[: count + 1],
+            query_start_S1=None if self.query_start_S1 is None else self.query_start_S1[: count + 1],
+            kv_lens=None if self.kv_lens is None else self.kv_lens[first:end],
+            kv_len_S=self.kv_len_S[first:end],
+            block_table_SP=self.block_table_SP[first:end],
+            logit_rows=None,
+            attention_sm=attention_sm,
+        )
 
     def once(self, derive: Callable[..., Result], *args: Hashable) -> Result:
         """`derive(self, *args)`, computed for the first layer that asks and remembered for the others.

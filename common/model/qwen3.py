@@ -3,7 +3,12 @@
     token ids ─▶ attention 0 ─▶ FFN 0 ─▶ attention 1 ─▶ … ─▶ FFN L-1 ─▶ logits
 
 A half works on one layer of one micro-batch and takes all it needs as arguments, so that two micro-batches can be in
-different halves at once; `forward` is the same halves in a row. Nothing here waits for the device.
+different halves at once; `forward` is the same halves in a row. A second cut is around attention proper, with all dense
+products between two attentions as one stage:
+
+    token ids ─▶ dense 0 ─▶ core 0 ─▶ dense 1 ─▶ core 1 ─▶ … ─▶ core L-1 ─▶ dense L ─▶ logits
+
+Both are made of the same pieces. Nothing here waits for the device.
 
 Shapes: T tokens, R rows whose logits are wanted, D hidden, F FFN width, V vocabulary, C context; N query heads, K kv
 heads, J = N + K query and key heads, E any of the heads that one projection gives, H head_dim; P blocks, B block_size.
@@ -35,6 +40,20 @@ class Activations(NamedTuple):
 
     hidden_TD: Tensor
     residual_TD: Tensor | None
+
+
+class Projected(NamedTuple):
+    """What attention proper starts from: queries that are normalised and turned; keys and values are in the cache."""
+
+    q_TNH: Tensor
+    residual_TD: Tensor
+
+
+class Attended(NamedTuple):
+    """What attention proper gives."""
+
+    attended_TNH: Tensor
+    residual_TD: Tensor
 
 
 # Token ids before the first half, logits after the last, activations between.
@@ -74,19 +93,35 @@ class Qwen3Layer:
         self, activations: Activations, batch: ForwardBatch, kv_P2BKH: Tensor, rope_C2H: Tensor
     ) -> Activations:
         """Norm, projections, rotary embedding, KV write, attention, output projection."""
-        operations = self.operations
-        q_TNH, residual_TD = operations.add_norm_project(
-            *activations,
-            self.attention_norm_D,
-            self.eps,
-            self.qkv_weight,
-            self.qk_norm_JH,
-            rope_C2H,
-            kv_P2BKH,
-            batch,
+        projected = self.forward_projections(activations, batch, kv_P2BKH, rope_C2H)
+        return self.forward_output(self.forward_attention_core(projected, batch, kv_P2BKH))
+
+    def forward_projections(
+        self, activations: Activations, batch: ForwardBatch, kv_P2BKH: Tensor, rope_C2H: Tensor
+    ) -> Projected:
+        """Norm, projections, rotary embedding, KV write."""
+        return Projected(
+            *self.operations.add_norm_project(
+                *activations,
+                self.attention_norm_D,
+                self.eps,
+                self.qkv_weight,
+                self.qk_norm_JH,
+                rope_C2H,
+                kv_P2BKH,
+                batch,
+            )
         )
-        attended_TNH = operations.paged_attention(q_TNH, kv_P2BKH, batch, self.scale)
-        return Activations(operations.linear(attended_TNH.flatten(1), self.out_weight), residual_TD)
+
+    def forward_attention_core(self, projected: Projected, batch: ForwardBatch, kv_P2BKH: Tensor) -> Attended:
+        """Attention proper: reads the cache and touches no weight."""
+        q_TNH, residual_TD = projected
+        return Attended(self.operations.paged_attention(q_TNH, kv_P2BKH, batch, self.scale), residual_TD)
+
+    def forward_output(self, attended: Attended) -> Activations:
+        """The output projection."""
+        attended_TNH, residual_TD = attended
+        return Activations(self.operations.linear(attended_TNH.flatten(1), self.out_weight), residual_TD)
 
     def forward_ffn_stage(self, activations: Activations) -> Activations:
         """Norm and the gated FFN."""
@@ -130,10 +165,8 @@ class Qwen3Model:
 
     def forward_attention_stage(self, layer: int, state: State, batch: ForwardBatch, kv_cache: KvCache) -> Activations:
         """One layer's attention half. Layer 0 takes token_ids_T and embeds them, the others take activations."""
-        if isinstance(state, Tensor):
-            assert layer == 0
-            state = Activations(F.embedding(state, self.embedding_VD), None)
-        return self.layers[layer].forward_attention_stage(state, batch, kv_cache.layers[layer], self.rope_C2H)
+        activations = self._embedded(state)
+        return self.layers[layer].forward_attention_stage(activations, batch, kv_cache.layers[layer], self.rope_C2H)
 
     def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
         """One layer's FFN half. The last layer computes the wanted rows alone and gives them normalised, hidden_RD."""
@@ -144,6 +177,25 @@ class Qwen3Model:
             assert residual_TD is not None
             activations = Activations(hidden_TD.index_select(0, rows_R), residual_TD.index_select(0, rows_R))
         return self.operations.add_norm(*self.layers[layer].forward_ffn_stage(activations), self.norm_D, self.eps)[0]
+
+    def forward_dense_stage(
+        self, layer: int, state: Attended | Tensor, batch: ForwardBatch, kv_cache: KvCache
+    ) -> Projected | Tensor:
+        """What lies between the attention of the layer before and that of `layer`.
+
+        The first takes token_ids_T; the one past the last layer gives the wanted rows normalised, hidden_RD.
+        """
+        between: State = state if isinstance(state, Tensor) else self.layers[layer - 1].forward_output(state)
+        if isinstance(between, Activations):
+            between = self.forward_ffn_stage(layer - 1, between, batch)
+        if layer == len(self.layers):
+            assert isinstance(between, Tensor)
+            return between
+        activations = self._embedded(between)
+        return self.layers[layer].forward_projections(activations, batch, kv_cache.layers[layer], self.rope_C2H)
+
+    def _embedded(self, state: State) -> Activations:
+        return Activations(F.embedding(state, self.embedding_VD), None) if isinstance(state, Tensor) else state
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
         yield StoredTensor("model.embed_tokens.weight", tuple(self.embedding_VD.shape), self.embedding_VD)
@@ -192,6 +244,22 @@ class Qwen3ForCausalLM:
         """One layer's FFN half of one micro-batch: touches no KV. The last layer gives logits_RV (float32)."""
         state = self.model.forward_ffn_stage(layer, activations, batch)
         return self.operations.logits(state, self.head_VD) if isinstance(state, Tensor) else state
+
+    def forward_dense_stage(
+        self, layer: int, state: Attended | Tensor, batch: ForwardBatch, kv_cache: KvCache
+    ) -> Projected | Tensor:
+        """Of the second cut: what lies between two attentions; writes the KV of `layer`.
+
+        The first takes token_ids_T; the one past the last layer gives logits_RV (float32).
+        """
+        result = self.model.forward_dense_stage(layer, state, batch, kv_cache)
+        return self.operations.logits(result, self.head_VD) if isinstance(result, Tensor) else result
+
+    def forward_attention_core(
+        self, layer: int, projected: Projected, batch: ForwardBatch, kv_cache: KvCache
+    ) -> Attended:
+        """Of the second cut: one layer's attention proper."""
+        return self.model.layers[layer].forward_attention_core(projected, batch, kv_cache.layers[layer])
 
     def stored_tensors(self) -> Iterator[StoredTensor]:
         """Every tensor that a checkpoint of this model has, under its Hugging Face name."""

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.model.batch import ForwardBatch
+from common.model.loader import load_model
+from common.model.qwen3 import Qwen3ForCausalLM
+from decode_service.pipeline_order import Cut, order
+from decode_service.pipelined_step import ROWS_TOGETHER, bounds, run_pipelined
+from tests.common.model.folders import config_folder
+from tests.common.model.paged import PagedRunner
+
+NUM_LAYERS = 3
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Qwen3ForCausalLM:
+    return load_model(config_folder(tmp_path, num_hidden_layers=NUM_LAYERS), load_format="dummy")
+
+
+def prefilled(model: Qwen3ForCausalLM, num_seqs: int) -> tuple[PagedRunner, ForwardBatch]:
+    """Sequences of different lengths, and the batch of their next tokens."""
+    paged = PagedRunner(model, num_blocks=128, block_size=4)
+    sequences = [paged.admit(range(index, index + 3 + 5 * index % 17)) for index in range(num_seqs)]
+    for sequence in sequences:
+        if length := len(sequence.token_ids) - 1:
+            model.forward(paged.batch([(sequence, length)], []), paged.cache)
+            sequence.num_computed += length
+    return paged, paged.batch([(sequence, 1) for sequence in sequences])
+
+
+@pytest.mark.parametrize("cut", Cut)
+@pytest.mark.parametrize(("num_seqs", "num_micro_batches"), [(2, 2), (9, 2), (12, 3), (5, 1)])
+def test_a_pipelined_step_computes_what_each_micro_batch_gives_alone(
+    model: Qwen3ForCausalLM, cut: Cut, num_seqs: int, num_micro_batches: int
+) -> None:
+    paged, batch = prefilled(model, num_seqs)
+    alone, same = prefilled(model, num_seqs)
+    rows = bounds(num_seqs, num_micro_batches)
+    with torch.inference_mode():
+        parts = run_pipelined(
+            model, paged.cache, batch, order(cut, NUM_LAYERS, num_micro_batches), finish=lambda logits, first: None
+        )
+    for part, first, end in zip(parts, rows, rows[1:], strict=False):
+        assert torch.equal(part, model.forward(same.part(first, end), alone.cache))
+    assert all(map(torch.equal, paged.cache.layers, alone.cache.layers))
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_a_pipelined_step_computes_what_the_whole_batch_does(model: Qwen3ForCausalLM, cut: Cut) -> None:
+    paged, batch = prefilled(model, 9)
+    whole, same = prefilled(model, 9)
+    with torch.inference_mode():
+        parts = run_pipelined(model, paged.cache, batch, order(cut, NUM_LAYERS, 2), finish=lambda logits, first: None)
+    torch.testing.assert_close(torch.cat(parts), model.forward(same, whole.cache))
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_each_micro_batch_is_finished_once_with_its_first_row_inside_its_last_stage(
+    model: Qwen3ForCausalLM, cut: Cut
+) -> None:
+    paged, batch = prefilled(model, 9)
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def around(stage):
+        seen.append(stage)
+        yield
+        seen.append("end")
+
+    steps = order(cut, NUM_LAYERS, 2)
+    with torch.inference_mode():
+        parts = run_pipelined(
+            model,
+            paged.cache,
+            batch,
+            steps,
+            finish=lambda logits, first: seen.append((first, len(logits))),
+            around=around,
+        )
+    assert [len(part) for part in parts] == [4, 5]
+    assert [entry for entry in seen if isinstance(entry, tuple) and len(entry) == 3] == [s.stage for s in steps.steps]
+    assert seen[-5:] == [(0, 4), "end", steps.steps[-1].stage, (4, 5), "end"]
+
+
+@given(st.integers(1, 600), st.integers(1, 4))
+def test_micro_batches_cover_all_rows_evenly(num_rows: int, num_micro_batches: int) -> None:
+    rows = bounds(num_rows, num_micro_batches)
+    sizes = [end - first for first, end in itertools.pairwise(rows)]
+    assert (rows[0], rows[-1], len(sizes)) == (0, num_rows, num_micro_batches)
+    assert max(sizes) - min(sizes) <= (2 * ROWS_TOGETHER if num_rows >= num_micro_batches * ROWS_TOGETHER else 1)
+    if num_rows >= num_micro_batches * ROWS_TOGETHER:
+        assert all(first % ROWS_TOGETHER == 0 for first in rows[:-1])
