@@ -209,7 +209,7 @@ class DecodeConfig(WorkerConfig):
     )
     decode_attention_sm: int = setting(16, "SMs for attention when static", minimum=1)
     decode_ffn_sm: int = setting(16, "SMs for the FFN when static", minimum=1)
-    decode_pipeline_profiling: bool = setting(False, "time every stage of every step")
+    decode_pipeline_profiling: bool = setting(False, "time the stages of one step in 32")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,8 +10,9 @@ from common.engine.preparation import capturing, prepare_prefill, preparing
 from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
+from decode_service.decisions import Mode
 from decode_service.engine import DecodeEngine, OnEvents
-from decode_service.pipeline import Mode, PipelineScheduler
+from decode_service.pipeline import PipelineScheduler
 from decode_service.runner import DecodeRunner, HostRunner
 from decode_service.scheduler import DecodeScheduler
 

@@ -100,15 +100,14 @@ class DeviceRunner:
         """
         self._warm_up_edits()
         for size in reversed(self._buckets):
-            self._pipeline.decode_token(self._rows.batch(size), self._finish)
+            self._pipeline.warm_up(self._rows.batch(size), self._finish)
 
     def capture(self, progress: Progress) -> None:
         """Captures a graph for every batch bucket, the largest first."""
         self._warm_up_edits()
         for done, size in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
-            # A batch derives what it needs once; a graph has to derive it again with every replay.
-            self._pipeline.capture(lambda size=size: self._rows.batch(size), self._finish)  # type: ignore[misc]
+            self._pipeline.capture(self._rows.batch(size), self._finish)
         progress(len(self._buckets), len(self._buckets))
 
     def launch(self, decoding: list[Reservation]) -> DeviceStep:
@@ -116,11 +115,13 @@ class DeviceRunner:
         self._rows.flush()
         num_rows = len(self._order)
         size = self._buckets[bisect_left(self._buckets, num_rows)]
-        logits_SV = self._pipeline.decode_token(self._rows.batch(size), self._finish)
+        logits = self._pipeline.decode_token(self._rows.batch(size), self._finish)
         logprobs = None
         if self._special_rows is not None:
+            logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)
+            sampling = self._rows.sampling(slice(size))
             logprobs = self._special_rows.draw(
-                logits_SV, self._rows.sampling(size), self._rows.positions_S[:size], self._token_ids_S, self._scores_S
+                logits_SV, sampling, self._rows.positions_S[:size], self._token_ids_S, self._scores_S
             )
             self._rows.token_ids_S[:num_rows].copy_(self._token_ids_S[:num_rows])
         rows = [(reservation, reservation.attempt) for reservation in self._order]
@@ -134,13 +135,12 @@ class DeviceRunner:
         self._rows.clear(0)
         self._rows.flush()
 
-    def _finish(self, logits_SV: Tensor) -> None:
-        """The end of every step, captured with it: draws each row's token and makes it the next step's input."""
-        num_rows = len(logits_SV)
-        tokens_S = self._token_ids_S[:num_rows]
-        positions_S = self._rows.positions_S[:num_rows]
-        sample(logits_SV, self._rows.sampling(num_rows), positions_S + 1, tokens_S, self._scores_S[:num_rows])
-        self._rows.advance(tokens_S)
+    def _finish(self, logits_SV: Tensor, first_row: int) -> None:
+        """The end of every micro-batch, captured with it: draws each row's token and makes it the next step's input."""
+        rows = slice(first_row, first_row + len(logits_SV))
+        tokens_S = self._token_ids_S[rows]
+        sample(logits_SV, self._rows.sampling(rows), self._rows.positions_S[rows] + 1, tokens_S, self._scores_S[rows])
+        self._rows.advance(tokens_S, first_row)
 
     def _arrange(self, decoding: list[Reservation]) -> None:
         """Makes the rows in use those of `decoding`: holes close, newcomers go to the end, tables grow."""

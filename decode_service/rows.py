@@ -95,28 +95,28 @@ class DecodeRows:
             logit_rows=None,
         )
 
-    def sampling(self, num_rows: int) -> DeviceSampling:
-        """How the first rows' tokens are drawn."""
+    def sampling(self, rows: slice) -> DeviceSampling:
+        """How these rows' tokens are drawn."""
         return DeviceSampling(
-            temperature_S=self._temperature_S[:num_rows],
-            seed_words_S2=self._seed_words_S2[:num_rows],
-            top_k_S=self._top_k_S[:num_rows],
-            top_p_S=self._top_p_S[:num_rows],
-            log_min_p_S=self._log_min_p_S[:num_rows],
+            temperature_S=self._temperature_S[rows],
+            seed_words_S2=self._seed_words_S2[rows],
+            top_k_S=self._top_k_S[rows],
+            top_p_S=self._top_p_S[rows],
+            log_min_p_S=self._log_min_p_S[rows],
         )
 
-    def advance(self, drawn_S: Tensor) -> None:
-        """Makes the drawn tokens of the first rows the next step's input."""
-        num_rows = len(drawn_S)
+    def advance(self, drawn_S: Tensor, first_row: int = 0) -> None:
+        """Makes the drawn tokens of consecutive rows the next step's input."""
+        rows = slice(first_row, first_row + len(drawn_S))
         advance(
             drawn_S,
-            self.token_ids_S[:num_rows],
-            self.positions_S[:num_rows],
-            self.kv_len_S[:num_rows],
-            self.slot_mapping_S[:num_rows],
-            self.block_table_SP[:num_rows],
-            self.first_stop_position_S[:num_rows],
-            self.stop_ids_SI[:num_rows],
+            self.token_ids_S[rows],
+            self.positions_S[rows],
+            self.kv_len_S[rows],
+            self.slot_mapping_S[rows],
+            self.block_table_SP[rows],
+            self.first_stop_position_S[rows],
+            self.stop_ids_SI[rows],
             block_size=self._block_size,
             scratch_slot=self._scratch_slot,
         )

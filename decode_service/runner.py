@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from common.engine.batches import decode_batch
 from common.engine.kv_cache import KvCache
 from common.engine.prefiller import add_to_state
@@ -77,7 +79,8 @@ class HostRunner:
                 add_to_state(self._state, reservation.slot, reservation.sequence)
         sequences = [reservation.sequence for reservation in decoding]
         batch = decode_batch(sequences, block_size=self._block_size, device=self._device)
-        logits_SV = self._pipeline.decode_token(batch)
+        logits = self._pipeline.decode_token(batch)
+        logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)
         slots = [reservation.slot for reservation in decoding]
         drawn = self._sampler.draw(logits_SV, self._state, slots, batch.positions_T + 1)
         return _HostStep([(reservation, reservation.attempt) for reservation in decoding], drawn.read)

@@ -14,9 +14,10 @@ from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError
 from common.sequence import Sequence
 from common.worker import WorkerFront
+from decode_service.decisions import Mode
 from decode_service.engine import Completed, DecodeEngine, Event
 from decode_service.pairs import PairServer
-from decode_service.pipeline import Mode, PipelineStats
+from decode_service.pipeline import PipelineStats
 from decode_service.streams import Mailbox, responses
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 

@@ -103,7 +103,7 @@ class Workers:
 
 @dataclass(frozen=True, slots=True)
 class PipelineStats:
-    """The attention/FFN pipeline of a decode worker. Times in milliseconds, of one step of the whole batch."""
+    """The attention/FFN pipeline of a decode worker; decode.proto explains the fields."""
 
     mode: str
     active: bool
@@ -118,6 +118,17 @@ class PipelineStats:
     ffn_sm: int
     num_steps: int
     num_profiled_steps: int
+    cut: str
+    attention_stage_p50_ms: float
+    attention_stage_p99_ms: float
+    ffn_stage_p50_ms: float
+    ffn_stage_p99_ms: float
+    attention_occupancy: float
+    ffn_occupancy: float
+    bubble_share: float
+    attention_queue_depth: float
+    ffn_queue_depth: float
+    handoff_bytes: int
 
 
 def event_from_proto(message: router_pb2.GenerateResponse, request_id: str) -> Chunk | Completion | None:

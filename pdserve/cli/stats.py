@@ -36,7 +36,7 @@ async def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(stats)))
     else:
-        print("Pipeline statistics", *_figures(stats), *_state(stats), sep="\n  ")
+        print("Pipeline statistics", *_figures(stats), *_state(stats), *_lanes(stats), sep="\n  ")
     return 0
 
 
@@ -56,6 +56,19 @@ def _state(stats: PipelineStats) -> list[str]:
     if (stats.attention_sm_asked, stats.ffn_sm_asked) != (stats.attention_sm, stats.ffn_sm):
         lines.append(f"SMs asked for: {stats.attention_sm_asked} attention, {stats.ffn_sm_asked} FFN")
     return lines
+
+
+def _lanes(stats: PipelineStats) -> list[str]:
+    if not stats.num_profiled_steps:
+        return []
+    return [
+        f"Attention stages: p50 {stats.attention_stage_p50_ms:.3f} ms, p99 {stats.attention_stage_p99_ms:.3f} ms; "
+        f"busy {stats.attention_occupancy:.0%} of a step, {stats.attention_queue_depth:.2f} waiting",
+        f"FFN stages: p50 {stats.ffn_stage_p50_ms:.3f} ms, p99 {stats.ffn_stage_p99_ms:.3f} ms; "
+        f"busy {stats.ffn_occupancy:.0%} of a step, {stats.ffn_queue_depth:.2f} waiting",
+        f"Bubbles: {stats.bubble_share:.0%} of both lanes' time",
+        f"From attention to FFN: {stats.handoff_bytes:,} bytes a layer and token",
+    ]
 
 
 def _active(stats: PipelineStats) -> str:

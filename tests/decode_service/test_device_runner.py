@@ -144,13 +144,13 @@ def test_tokens_of_a_sequence_that_left_in_flight_count_as_nobodys():
 
 def test_warming_up_runs_every_batch_size_and_leaves_no_trace():
     engine, sizes = device_engine(max_num_seqs=4), []
-    decode_token = engine.pipeline.decode_token
+    warm_up = engine.pipeline.warm_up
 
     def recorded(batch, finish):
         sizes.append(batch.num_seqs)
-        return decode_token(batch, finish)
+        warm_up(batch, finish)
 
-    engine.pipeline.decode_token = recorded
+    engine.pipeline.warm_up = recorded
     with torch.inference_mode():
         engine.runner.warm_up()
     assert sizes == [4, 2, 1]

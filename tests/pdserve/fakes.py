@@ -78,6 +78,16 @@ SEED_FIGURES = decode_pb2.GetPipelineStatsResponse(
     ffn_sm=16,
     num_steps=64,
     num_profiled_steps=64,
+    cut="layer",
+    attention_stage_p50_ms=0.04,
+    attention_stage_p99_ms=0.0512,
+    ffn_stage_p50_ms=0.03,
+    ffn_stage_p99_ms=0.0333,
+    attention_occupancy=0.56,
+    ffn_occupancy=0.44,
+    bubble_share=0.5,
+    attention_queue_depth=0.25,
+    handoff_bytes=4096,
 )
 
 

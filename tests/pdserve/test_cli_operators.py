@@ -73,6 +73,10 @@ async def test_stats_print_the_figure_lines(serve, pdserve):
         "  Mode: static\n"
         "  Active: yes\n"
         "  Steps: 64, 64 of them profiled\n"
+        "  Attention stages: p50 0.040 ms, p99 0.051 ms; busy 56% of a step, 0.25 waiting\n"
+        "  FFN stages: p50 0.030 ms, p99 0.033 ms; busy 44% of a step, 0.00 waiting\n"
+        "  Bubbles: 50% of both lanes' time\n"
+        "  From attention to FFN: 4,096 bytes a layer and token\n"
     )
 
 

@@ -11,8 +11,9 @@ from common.config import DecodeConfig
 from common.engine.setup import build
 from common.metrics import DecodeMetrics
 from decode_service.assembly import make_runner, prepare
+from decode_service.decisions import Mode
 from decode_service.engine import Completed, DecodeEngine, Lost, Token
-from decode_service.pipeline import Mode, PipelineScheduler
+from decode_service.pipeline import PipelineScheduler
 from decode_service.scheduler import DecodeScheduler
 from tests.support.device import WORKER_SETTINGS
 from tests.support.models import dummy_model_folder
