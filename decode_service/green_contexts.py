@@ -1,9 +1,9 @@
 """Partitions from the CUDA driver: green contexts, through cuda-python.
 
     the device's SMs ──split by count──┬─▶ a group of n, rounded up by the driver ──▶ description ──▶ context ──▶ stream
-                                       └─▶ the rest ────────────────────────────────▶ description ──▶ context ──▶ stream
+                                       └─▶ the rest, or a group split from it ──────▶ description ──▶ context ──▶ stream
 
-The two are disjoint because they come from one split: two splits of the whole device may overlap.
+The two are disjoint because each is split from what the other left: two splits of the whole device may overlap.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ class GreenContextDriver:
     def num_sms(self) -> int:
         return self._whole.sm.smCount
 
-    def split(self, attention_sm: int) -> tuple[SmGroup, SmGroup]:
-        groups, num_groups, rest = self._call("cuDevSmResourceSplitByCount", 1, self._whole, 0, attention_sm)
-        if num_groups != 1 or rest.sm.smCount == 0:
-            raise DriverError("cuDevSmResourceSplitByCount", f"no two groups, one of {attention_sm} SMs")
-        attention = self._context(groups[0])
+    def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
+        attention_resource, ffn_resource = self._cut(self._whole, attention_sm)
+        if ffn_resource.sm.smCount == 0:
+            raise DriverError("cuDevSmResourceSplitByCount", f"nothing is left beside {attention_sm} SMs")
+        if ffn_sm < ffn_resource.sm.smCount:
+            ffn_resource, _ = self._cut(ffn_resource, ffn_sm)
+        attention = self._context(attention_resource)
         try:
-            return attention, self._context(rest)
+            return attention, self._context(ffn_resource)
         except DriverError:
             self.destroy(attention)
             raise
@@ -68,6 +70,13 @@ class GreenContextDriver:
 
     def destroy(self, group: SmGroup) -> None:
         self._call("cuGreenCtxDestroy", group.context)
+
+    def _cut(self, resource: Any, num_sms: int) -> tuple[Any, Any]:
+        """(a group of at least so many SMs, what is left)."""
+        groups, num_groups, rest = self._call("cuDevSmResourceSplitByCount", 1, resource, 0, num_sms)
+        if num_groups != 1:
+            raise DriverError("cuDevSmResourceSplitByCount", f"no group of {num_sms} SMs")
+        return groups[0], rest
 
     def _check_age(self) -> None:
         version = self._call("cuDriverGetVersion")

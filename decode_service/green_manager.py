@@ -63,8 +63,8 @@ class GreenManager:
         self._driver = driver
         self._streams = streams
         self._priorities = (attention_priority, ffn_priority)
-        # By the SMs that were asked of the driver for attention; the plain pair by those of the device.
-        self._pairs: dict[int, BuiltPair] = {}
+        # By the SMs that were asked of the driver; the plain pair by those of the device, twice.
+        self._pairs: dict[tuple[int, int], BuiltPair] = {}
         self._current: SmPair | None = None
         self._asked = (0, 0)
         self._num_rebalances = 0
@@ -107,7 +107,7 @@ class GreenManager:
 
     @property
     def splits(self) -> tuple[int, ...]:
-        """How many SMs attention can be given, ascending; the FFN has the rest. Empty where none can be given."""
+        """How many SMs attention can be given, ascending; the FFN may have the rest. Empty where none can be given."""
         if isinstance(self._driver, NoPartitions):
             return ()
         return tuple(range(MIN_SM, self._driver.num_sms - MIN_SM + 1, STEP_SM))
@@ -115,9 +115,9 @@ class GreenManager:
     def allocate(self, attention_sm: int, ffn_sm: int) -> SmPair | None:
         """The pair for what is asked; the first one becomes the current pair. None: `stats()` says why.
 
-        Attention gets the next larger of `splits`, or the largest one, and the FFN everything else: no SM is left over.
-        Both asking for all SMs of the device is two plain streams. A new pair is built and checked, which waits for the
-        device.
+        Attention gets the next larger of `splits`, or the largest one; the FFN the next multiple of 8 from 16 on, or
+        all that attention leaves. SMs that nobody asked for stay idle. Both asking for all SMs of the device is two plain
+        streams. A new pair is built and checked, which waits for the device.
         """
         pair = self._pair(attention_sm, ffn_sm)
         if self._current is None:
@@ -191,7 +191,7 @@ class GreenManager:
         if streams is None or (isinstance(driver, NoPartitions) and not plain):
             assert isinstance(driver, NoPartitions)
             raise NoPartitions(driver.state, driver.reason)
-        key = num_sms if plain else self._split_for(attention_sm, ffn_sm)
+        key = (num_sms, num_sms) if plain else self._split_for(attention_sm, ffn_sm)
         if key not in self._pairs:
             if plain:
                 self._pairs[key] = build_plain(streams, num_sms, self._priorities)
@@ -203,10 +203,12 @@ class GreenManager:
             raise NoPartitions(State.VERIFICATION_FAILED, built.fault)
         return built.pair
 
-    def _split_for(self, attention_sm: int, ffn_sm: int) -> int:
+    def _split_for(self, attention_sm: int, ffn_sm: int) -> tuple[int, int]:
         splits, num_sms = self.splits, self.num_sms
         if not splits:
             raise NoPartitions(State.TOO_FEW_SMS, f"the device has {num_sms} SMs, two sides need {2 * MIN_SM}")
         if attention_sm + ffn_sm > num_sms:
             raise NoPartitions(State.TOO_FEW_SMS, f"{attention_sm} + {ffn_sm} were asked for, the device has {num_sms}")
-        return next((split for split in splits if split >= attention_sm), splits[-1])
+        attention = next((split for split in splits if split >= attention_sm), splits[-1])
+        ffn, left = max(-(-ffn_sm // STEP_SM) * STEP_SM, MIN_SM), num_sms - attention
+        return attention, ffn if ffn + STEP_SM <= left else left

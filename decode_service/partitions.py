@@ -75,8 +75,8 @@ class PartitionDriver(Protocol):
     def num_sms(self) -> int:
         """Of the whole device."""
 
-    def split(self, attention_sm: int) -> tuple[SmGroup, SmGroup]:
-        """Attention's group of at least so many SMs, and the rest: both from one split. All or nothing."""
+    def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
+        """Disjoint groups of at least so many SMs, or neither; the FFN's is all that is left, if that is fewer."""
 
     def make_stream(self, group: SmGroup, priority: int) -> int:
         """The handle of a stream on the group's SMs that never waits for the default stream. Lower is more urgent."""

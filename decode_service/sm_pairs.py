@@ -52,13 +52,14 @@ def build_plain(streams: SmStreams, num_sms: int, priorities: tuple[int, int]) -
 
 
 def build_partitioned(
-    driver: PartitionDriver, streams: SmStreams, attention_sm: int, priorities: tuple[int, int]
+    driver: PartitionDriver, streams: SmStreams, num_sms: tuple[int, int], priorities: tuple[int, int]
 ) -> BuiltPair:
     """Raises NoPartitions when the driver refuses; whatever had been made is then destroyed."""
     try:
-        groups = driver.split(attention_sm)
+        groups = driver.split(*num_sms)
     except DriverError as error:
-        raise NoPartitions(State.SPLIT_FAILED, f"{error}, for {attention_sm} of {driver.num_sms} SMs") from None
+        asked = " + ".join(map(str, num_sms))
+        raise NoPartitions(State.SPLIT_FAILED, f"{error}, for {asked} of {driver.num_sms} SMs") from None
     handles: list[int] = []
     try:
         for group, priority in zip(groups, priorities, strict=True):

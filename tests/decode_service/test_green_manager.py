@@ -35,7 +35,16 @@ def test_before_anything_is_asked_nothing_is_built(gpu, manager):
 
 @pytest.mark.parametrize(
     ("asked", "given"),
-    [((16, 16), (16, 116)), ((64, 68), (64, 68)), ((66, 66), (72, 60)), ((1, 1), (16, 116)), ((124, 8), (112, 20))],
+    [
+        ((16, 116), (16, 116)),
+        ((64, 68), (64, 68)),
+        ((66, 66), (72, 60)),
+        ((124, 8), (112, 20)),
+        ((16, 16), (16, 16)),
+        ((1, 1), (16, 16)),
+        ((40, 50), (40, 56)),
+        ((40, 90), (40, 92)),
+    ],
 )
 def test_asked_and_granted_are_both_shown(manager, asked, given):
     pair = manager.allocate(*asked)
@@ -155,7 +164,7 @@ def test_a_split_that_fails_names_the_call_and_leaves_the_present_pair(gpu, mana
     stats = manager.stats()
     assert (stats.state, manager.current, granted(manager)) == (State.SPLIT_FAILED, present, (16, 116))
     assert (stats.attention_sm_asked, stats.num_pairs) == (64, 1)
-    assert stats.reason == "cuGreenCtxCreate: CUDA_ERROR_OUT_OF_MEMORY, for 64 of 132 SMs"
+    assert stats.reason == "cuGreenCtxCreate: CUDA_ERROR_OUT_OF_MEMORY, for 64 + 68 of 132 SMs"
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert manager.rebalance(64, 68) is not None
     assert (manager.stats().state, manager.stats().reason) == (State.READY, "")
@@ -198,7 +207,7 @@ def test_a_pair_that_failed_its_check_is_not_built_again(gpu, manager):
     manager.allocate(16, 116)
     gpu.graphs_forget = False
     assert manager.allocate(16, 116) is None
-    assert gpu.events.count("split 16") == 1
+    assert gpu.events.count("split 16:116") == 1
     assert manager.allocate(24, 108) is not None
     manager.close()
     assert (gpu.contexts, gpu.streams) == ({}, {})

@@ -47,12 +47,15 @@ class FakeGpu:
         self.check_error = None
         self._splits, self._made, self._ids = itertools.count(1), itertools.count(1), itertools.count(1)
 
-    def split(self, attention_sm):
+    def split(self, attention_sm, ffn_sm):
         if next(self._splits) in self.split_fails_at:
             raise DriverError("cuGreenCtxCreate", "CUDA_ERROR_OUT_OF_MEMORY")
         granted = self.grant or -(-attention_sm // 8) * 8
-        self.events.append(f"split {granted}")
-        return self._group(range(granted)), self._group(range(granted - self.num_shared, self.num_sms))
+        ffn = min(-(-ffn_sm // 8) * 8, self.num_sms - granted)
+        if self.num_sms - granted - ffn < 8:
+            ffn = self.num_sms - granted
+        self.events.append(f"split {granted}:{ffn}")
+        return self._group(range(granted)), self._group(range(granted - self.num_shared, granted + ffn))
 
     def make_stream(self, group, priority):
         if next(self._made) in self.stream_fails_at:
