@@ -116,8 +116,8 @@ class GreenManager:
         """The pair for what is asked; the first one becomes the current pair. None: `stats()` says why.
 
         Attention gets the next larger of `splits`, or the largest one; the FFN the next multiple of 8 from 16 on, or
-        all that attention leaves. SMs that nobody asked for stay idle. Both asking for all SMs of the device is two plain
-        streams. A new pair is built and checked, which waits for the device.
+        all that attention leaves. SMs that nobody asked for stay idle. Both asking for all SMs of the device is two
+        plain streams. A new pair is built and checked, which waits for the device.
         """
         pair = self._pair(attention_sm, ffn_sm)
         if self._current is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from decode_service.pipeline_order import Cut, Lane, Order, Stage
 # Takes the logits of consecutive rows and the first of them: draws their tokens, where that belongs to the step.
 Finish = Callable[[Tensor, int], None]
 Streams = Mapping[Lane, torch.cuda.Stream]
+Around = Callable[[Stage], contextlib.AbstractContextManager[Any]]
 # Micro-batches begin at multiples of this many rows: kernels are compiled anew for tensors that do not lie on 16 bytes.
 ROWS_TOGETHER = 4
 
@@ -34,22 +35,53 @@ def bounds(num_rows: int, num_micro_batches: int) -> list[int]:
     return [min(index * units // num_micro_batches * unit, num_rows) for index in range(num_micro_batches)] + [num_rows]
 
 
+def no_finish(logits_SV: Tensor, first_row: int) -> None:
+    """Leaves the logits to the caller."""
+
+
+def untimed(stage: Stage) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
 def run_pipelined(
     model: Qwen3ForCausalLM,
     cache: KvCache,
     batch: ForwardBatch,
     order: Order,
     *,
-    finish: Finish,
+    finish: Finish = no_finish,
     streams: Streams | None = None,
     attention_sm: int | None = None,
-    around: Callable[[Stage], contextlib.AbstractContextManager[Any]] = lambda stage: contextlib.nullcontext(),
+    around: Around = untimed,
 ) -> tuple[Tensor, ...]:
     """Logits (float32) of each micro-batch, on which `finish` has been called. On a GPU this enqueues.
 
     `attention_sm` is what attention's kernels are cut for. `around(stage)` is entered in the lane's stream for each
     stage, between what it waits for and what waits for it.
     """
+    stages = each_stage(
+        model, cache, batch, order, finish=finish, streams=streams, attention_sm=attention_sm, around=around
+    )
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            logits: tuple[Tensor, ...] = end.value
+            return logits
+
+
+def each_stage(
+    model: Qwen3ForCausalLM,
+    cache: KvCache,
+    batch: ForwardBatch,
+    order: Order,
+    *,
+    finish: Finish,
+    streams: Streams | None,
+    attention_sm: int | None,
+    around: Around,
+) -> Generator[None, None, tuple[Tensor, ...]]:
+    """`run_pipelined` with a pause after every stage; it goes on in the stream in which it began."""
     rows = bounds(batch.num_seqs, order.num_micro_batches)
     parts = [batch.part(first, end, attention_sm=attention_sm) for first, end in itertools.pairwise(rows)]
     lanes = _Lanes(streams)
@@ -70,6 +102,7 @@ def run_pipelined(
                 lanes.mark(stage)
         kept[stage.lane, index] = states[index]
         states[index] = result
+        yield
     lanes.join()
     return tuple(states)
 
