@@ -207,9 +207,17 @@ class DecodeConfig(WorkerConfig):
         "attention/FFN pipeline on SM partitions; auto: where it measures faster; static: the split below",
         choices=("auto", "static", "disabled"),
     )
+    decode_pipeline_cut: str = setting(
+        "layer",
+        "what attention's side computes when static: all of a layer but its FFN, or attention proper",
+        choices=("layer", "attention-core"),
+    )
     decode_attention_sm: int = setting(16, "SMs for attention when static", minimum=1)
     decode_ffn_sm: int = setting(16, "SMs for the FFN when static", minimum=1)
     decode_pipeline_profiling: bool = setting(False, "time the stages of one step in 32")
+    decode_pipeline_graphs_gib: float = setting(
+        1.0, "on cuda: memory for CUDA graphs of pipelined steps, of what the KV cache leaves free", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

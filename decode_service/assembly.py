@@ -6,15 +6,19 @@ from collections.abc import Callable
 
 from common.clock import Clock, monotonic
 from common.config import DecodeConfig
+from common.engine.buckets import batch_buckets
 from common.engine.preparation import capturing, prepare_prefill, preparing
 from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
 from decode_service.decisions import Mode
 from decode_service.engine import DecodeEngine, OnEvents
-from decode_service.pipeline import PipelineScheduler
+from decode_service.green_manager import GreenManager
+from decode_service.pipeline import Ask, PipelineScheduler
+from decode_service.pipeline_order import Cut
 from decode_service.runner import DecodeRunner, HostRunner
 from decode_service.scheduler import DecodeScheduler
+from decode_service.step_runner import StepRunner
 
 
 def make_engine(
@@ -28,14 +32,7 @@ def make_engine(
     clock: Clock = monotonic,
 ) -> DecodeEngine:
     """The engine of one worker, not started yet."""
-    pipeline = PipelineScheduler(
-        parts.model,
-        parts.cache,
-        mode=Mode(config.decode_pipeline),
-        attention_sm=config.decode_attention_sm,
-        ffn_sm=config.decode_ffn_sm,
-        profiling=config.decode_pipeline_profiling,
-    )
+    pipeline = make_pipeline(config, parts, GreenManager.of(parts.device))
     scheduler = DecodeScheduler(
         parts.pool,
         parts.prefix,
@@ -60,6 +57,27 @@ def make_engine(
         on_events=on_events,
         on_load=on_load,
         on_crash=on_crash,
+    )
+
+
+def make_pipeline(config: DecodeConfig, parts: WorkerParts, partitions: GreenManager) -> PipelineScheduler:
+    """How steps are computed, with what `partitions` can give."""
+    has_plain_kernels = parts.device.type == "cuda" and not parts.model.operations.replayable
+    return PipelineScheduler(
+        StepRunner(
+            parts.model, parts.cache, partitions, max_graph_bytes=int(config.decode_pipeline_graphs_gib * 2**30)
+        ),
+        partitions,
+        Ask(
+            Mode(config.decode_pipeline),
+            Cut(config.decode_pipeline_cut),
+            config.decode_attention_sm,
+            config.decode_ffn_sm,
+        ),
+        num_layers=parts.model.config.num_layers,
+        batch_buckets=batch_buckets(config.max_num_seqs),
+        profiling=config.decode_pipeline_profiling,
+        obstacle="PLAIN_KERNELS" if has_plain_kernels else "",
     )
 
 

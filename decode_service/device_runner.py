@@ -70,6 +70,7 @@ class DeviceRunner:
         self, pipeline: PipelineScheduler, cache: KvCache, *, max_num_seqs: int, vocab_size: int, context_length: int
     ) -> None:
         self._pipeline = pipeline
+        self._block_size = cache.block_size
         self._buckets = batch_buckets(max_num_seqs)
         self._rows = DecodeRows(
             max_num_seqs,
@@ -115,7 +116,13 @@ class DeviceRunner:
         self._rows.flush()
         num_rows = len(self._order)
         size = self._buckets[bisect_left(self._buckets, num_rows)]
-        logits = self._pipeline.decode_token(self._rows.batch(size), self._finish)
+        logits = self._pipeline.decode_token(
+            self._rows.batch(size),
+            self._finish,
+            num_seqs=num_rows,
+            # To the block, which is near enough.
+            mean_context=sum(self._num_blocks) * self._block_size / num_rows,
+        )
         logprobs = None
         if self._special_rows is not None:
             logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +24,7 @@ from common.sequence import Sequence
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
 from common.transport.receiving import Done
 from decode_service.outbox import Outbox
-from decode_service.pipeline import PipelineScheduler
+from decode_service.pipeline import PipelineScheduler, PipelineStats
 from decode_service.reservations import Reservation, State, Verdict
 from decode_service.runner import DecodeRunner, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan
@@ -171,6 +172,21 @@ class DecodeEngine(EngineLoop):
     def finish(self, sequence: Sequence) -> None:
         """The router has matched a stop string."""
         self.submit(partial(self._finish, sequence))
+
+    def configure_pipeline(self, **changes: Any) -> Future[PipelineStats]:
+        """See `PipelineScheduler.configure`."""
+        done: Future[PipelineStats] = Future()
+
+        def configure() -> None:
+            try:
+                self.pipeline.configure(**changes)
+            except PdserveError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(self.pipeline.stats())
+
+        self.submit(configure)
+        return done
 
     def close(self, sequence: Sequence) -> None:
         """The stream is over: nothing of the sequence remains."""

@@ -1,27 +1,45 @@
-"""Runs one decode step of a batch: the attention and FFN stages of every layer, in order."""
+"""The attention/FFN pipeline as the engine sees it: one entry for a decode step, and what can be asked and changed.
+
+How each step is computed is chosen here (`pipeline_policy`), computed by `step_runner` on the streams of
+`green_manager`, and what it took goes back into the choice. Whatever keeps a step from being pipelined has a name, and
+the step is then a sequential one.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from common.engine.kv_cache import KvCache
 from common.errors import FailedPrecondition
 from common.model.batch import ForwardBatch
-from common.model.qwen3 import Qwen3ForCausalLM
-from decode_service.decisions import Mode
-from decode_service.graphs import StepGraphs
-from decode_service.pipeline_order import Cut, Lane, Order, order
+from decode_service.arrangements import Arrangement, Arrangements, Cell, cell_of
+from decode_service.calibration import Calibration
+from decode_service.decisions import Mode, Purpose, Run
+from decode_service.green_manager import GreenManager
+from decode_service.pipeline_order import Cut, Lane
+from decode_service.pipeline_policy import PipelinePolicy
 from decode_service.pipeline_statistics import PipelineStatistics
-from decode_service.pipelined_step import Finish, run_pipelined
-from decode_service.stage_clock import StageClock, stage_clock
+from decode_service.pipelined_step import Finish, no_finish
+from decode_service.step_runner import NoWay, StepRunner, Way
+
+log = logging.getLogger(__name__)
 
 # With profiling, the stages of one step in so many are timed.
 PROFILE_EVERY = 32
+
+
+class Ask(NamedTuple):
+    """What is configured; cut and SMs count in mode `static` alone."""
+
+    mode: Mode
+    cut: Cut
+    attention_sm: int
+    ffn_sm: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,7 @@ class PipelineStats:
     mode: Mode
     active: bool
     fallback_reason: str
+    fallback_detail: str
     total_tokens: int
     attention_ms: float
     ffn_ms: float
@@ -40,6 +59,7 @@ class PipelineStats:
     attention_sm: int
     ffn_sm: int
     num_steps: int
+    num_pipelined_steps: int
     num_profiled_steps: int
     cut: str
     attention_stage_p50_ms: float
@@ -52,115 +72,168 @@ class PipelineStats:
     attention_queue_depth: float
     ffn_queue_depth: float
     handoff_bytes: int
+    num_rebalances: int
+    num_switches: int
+    gain: float
 
 
-class _Variant(NamedTuple):
-    """One way to compute a step of so many rows; each has a graph of its own."""
-
-    num_rows: int
-    profiled: bool
+class _Launched(NamedTuple):
+    # None: nobody chose, or the choice could not be followed.
+    run: Run | None
+    way: Way
 
 
 class PipelineScheduler:
-    """The one entry to a decode step.
-
-    Attention and FFN run one after the other on the whole device; `PipelineStats.fallback_reason` names why.
-    """
+    """Belongs to the engine's thread, except `stats`."""
 
     def __init__(
-        self, model: Qwen3ForCausalLM, cache: KvCache, *, mode: Mode, attention_sm: int, ffn_sm: int, profiling: bool
+        self,
+        runner: StepRunner,
+        partitions: GreenManager,
+        ask: Ask,
+        *,
+        num_layers: int,
+        batch_buckets: Sequence[int],
+        profiling: bool = False,
+        obstacle: str = "",
+        calibration: Calibration | None = None,
     ) -> None:
-        self._model = model
-        self._cache = cache
-        self._mode = mode
-        self._attention_sm = attention_sm
-        self._ffn_sm = ffn_sm
+        """`obstacle`: why this worker cannot have a pipeline at all, as a name."""
+        self._runner = runner
+        self._partitions = partitions
+        self._ask = ask
+        self._num_layers = num_layers
+        self._batch_buckets = batch_buckets
         self._profiling = profiling
-        self._sequential = order(Cut.LAYER, model.config.num_layers, 1)
+        self._obstacle = obstacle
+        self._calibration = calibration or Calibration()
         self._statistics = PipelineStatistics()
-        self._graphs: StepGraphs[_Variant] | None = None
-        self._clocks: dict[_Variant, StageClock] = {}
-        # Steps until the next profile.
+        # What went wrong with a pipelined step; they are sequential until the pipeline is configured anew.
+        self._fallback: NoWay | None = None
+        # Of the last step that was launched.
+        self._cell: Cell | None = None
         self._until_profile = 1
-        # Launched and not recorded yet, oldest first: what times their stages.
-        self._launched: deque[StageClock | None] = deque()
+        # Not recorded yet, oldest first.
+        self._launched: deque[_Launched] = deque()
+        try:
+            self._policy = self._new_policy(ask)
+        except NoWay as error:
+            log.warning("decode steps are sequential, mode %s is not possible: %s", ask.mode.value, error)
+            self._policy = None
 
-    def decode_token(self, batch: ForwardBatch, finish: Finish | None = None) -> tuple[Tensor, ...]:
+    def decode_token(
+        self, batch: ForwardBatch, finish: Finish = no_finish, *, num_seqs: int, mean_context: float
+    ) -> tuple[Tensor, ...]:
         """Logits (fp32, [sequences, vocab]) of the next token of every sequence, as parts of consecutive rows.
 
-        `finish` is called on each part, with its first row. Replays the graph that `capture` made for a batch of this
-        size, if there is one. On a GPU this enqueues.
+        `finish` is called on each part, with its first row. `num_seqs` of the batch's rows are in use, with so many
+        tokens each on average. On a GPU this enqueues, and the logits are there until the next step.
         """
-        variant = _Variant(batch.num_seqs, self._takes_profile())
-        self._launched.append(self._clock(variant))
-        if self._graphs is not None:
-            if variant not in self._graphs and variant._replace(profiled=False) in self._graphs:
-                # The same kernels as without a profile, so that nothing has to be run before it can be captured.
-                self._graphs.capture(variant, lambda: self._step(variant, batch, finish), warm_up=False)
-            logits = self._graphs.replay(variant)
-            if logits is not None:
-                return logits
-        return self._step(variant, batch, finish)
+        self._cell = cell_of(num_seqs, mean_context, self._batch_buckets)
+        run = None if self._policy is None else self._policy.next_run(num_seqs, mean_context)
+        arrangement = None if run is None else run.arrangement
+        profiled = self._takes_profile() or (run is not None and run.purpose is Purpose.SAMPLE)
+        way = Way(batch.num_seqs, arrangement, profiled)
+        plain = Way(batch.num_seqs)
+        if not self._runner.is_ready(way):
+            self._prepare(way, batch, finish)
+            way, run = plain, self._instead(run)
+        try:
+            logits = self._runner.run(way, batch, finish)
+        except NoWay as error:
+            if way == plain:
+                raise
+            self._fall_back(error)
+            way, run = plain, None
+            logits = self._runner.run(way, batch, finish)
+        self._launched.append(_Launched(run, way))
+        return logits
 
     def warm_up(self, batch: ForwardBatch, finish: Finish) -> None:
         """Runs a step that nobody records, so that what is compiled or allocated lazily exists; so does `capture`."""
-        self._step(_Variant(batch.num_seqs, profiled=False), batch, finish)
+        self._runner.run(Way(batch.num_seqs), batch, finish)
 
     def capture(self, batch: ForwardBatch, finish: Finish) -> None:
-        """Captures a step as a CUDA graph, which will read the tensors of `batch`."""
-        variant = _Variant(batch.num_seqs, profiled=False)
-        self._graphs = self._graphs or StepGraphs()
-        self._graphs.capture(variant, lambda: self._step(variant, batch, finish))
+        """Captures a sequential step as a CUDA graph, which will read the tensors of `batch`."""
+        self._runner.capture(Way(batch.num_seqs), batch, finish)
 
     @property
     def num_graphs(self) -> int:
-        return 0 if self._graphs is None else len(self._graphs)
+        return self._runner.num_graphs
 
     def record_step(self, seconds: float, num_tokens: int) -> None:
         """The oldest launched step has ended."""
-        self._statistics.add_step(seconds, num_tokens)
-        clock = self._launched.popleft()
-        if clock is not None:
-            self._statistics.add_profile(self._sequential, clock.spans())
+        run, way = self._launched.popleft()
+        self._statistics.add_step(seconds, num_tokens, is_pipelined=way.arrangement is not None)
+        busy_s = None
+        if way.profiled:
+            order, spans = self._runner.order(way), self._runner.spans(way)
+            self._statistics.add_profile(order, spans)
+            busy_s = {
+                lane: sum(spans[step.stage].end_s - spans[step.stage].start_s for step in order.lane(lane))
+                for lane in Lane
+            }
+        # A clock that stood still has measured nothing.
+        if run is not None and self._policy is not None and seconds > 0:
+            change = self._policy.observe(run, seconds, busy_s)
+            if change is not None:
+                log.info(
+                    "decode steps of up to %d sequences and %d tokens of context: %s instead of %s (%s)",
+                    *change.cell,
+                    change.after or "sequential",
+                    change.before or "sequential",
+                    change.reason.value,
+                )
 
     def configure(
-        self, *, mode: Mode | None, attention_sm: int | None, ffn_sm: int | None, profiling: bool | None
+        self,
+        *,
+        mode: Mode | None = None,
+        cut: Cut | None = None,
+        attention_sm: int | None = None,
+        ffn_sm: int | None = None,
+        profiling: bool | None = None,
     ) -> None:
         """Changes what is given, between two steps; None leaves as it is.
 
         Raises:
-            FailedPrecondition: the device cannot be partitioned, so `static` cannot be run.
+            FailedPrecondition: `static` cannot be run; nothing has changed.
         """
-        if mode is Mode.STATIC:
-            raise FailedPrecondition(
-                f"mode static needs SM partitions, which this device does not have ({self._reason}); "
-                "use auto or disabled",
-                field="mode",
-                reason=self._reason,
-            )
-        self._mode = mode or self._mode
-        self._attention_sm = self._attention_sm if attention_sm is None else attention_sm
-        self._ffn_sm = self._ffn_sm if ffn_sm is None else ffn_sm
+        old = self._ask
+        ask = Ask(mode or old.mode, cut or old.cut, attention_sm or old.attention_sm, ffn_sm or old.ffn_sm)
+        if ask != old:
+            try:
+                policy = self._new_policy(ask)
+            except NoWay as error:
+                raise FailedPrecondition(
+                    f"mode static cannot be run here ({error}); use auto or disabled", field="mode", reason=error.reason
+                ) from error
+            self._policy, self._ask = policy, ask
+            self._fallback = None
         self._profiling = self._profiling if profiling is None else profiling
 
     def stats(self) -> PipelineStats:
-        seen = self._statistics
+        seen, policy, cell = self._statistics, self._policy, self._cell
         attention, ffn = seen.lanes[Lane.ATTENTION], seen.lanes[Lane.FFN]
+        choice = policy.choice(cell) if policy and cell else None
+        reason, detail = ("", "") if choice else self._why_sequential()
         return PipelineStats(
-            mode=self._mode,
-            active=False,
-            fallback_reason="DISABLED" if self._mode is Mode.DISABLED else self._reason,
+            mode=self._ask.mode,
+            active=choice is not None,
+            fallback_reason=reason,
+            fallback_detail=detail,
             total_tokens=seen.total_tokens,
             attention_ms=attention.busy_ms(seen.num_profiled),
             ffn_ms=ffn.busy_ms(seen.num_profiled),
             total_ms=seen.step_ms,
-            attention_sm_asked=self._attention_sm,
-            ffn_sm_asked=self._ffn_sm,
-            attention_sm=0,
-            ffn_sm=0,
+            attention_sm_asked=self._ask.attention_sm,
+            ffn_sm_asked=self._ask.ffn_sm,
+            attention_sm=choice.attention_sm if choice else 0,
+            ffn_sm=choice.ffn_sm if choice else 0,
             num_steps=seen.num_steps,
+            num_pipelined_steps=seen.num_pipelined,
             num_profiled_steps=seen.num_profiled,
-            cut="",
+            cut=choice.cut.value if choice else "",
             attention_stage_p50_ms=attention.stage_ms(50),
             attention_stage_p99_ms=attention.stage_ms(99),
             ffn_stage_p50_ms=ffn.stage_ms(50),
@@ -170,13 +243,50 @@ class PipelineScheduler:
             bubble_share=seen.bubble_share,
             attention_queue_depth=attention.queue_depth(seen.profiled_s),
             ffn_queue_depth=ffn.queue_depth(seen.profiled_s),
-            handoff_bytes=handoff_bytes(self._model, self._sequential),
+            handoff_bytes=self._runner.handoff_bytes(choice.cut if choice else Cut.LAYER),
+            num_rebalances=policy.num_rebalances if policy else 0,
+            num_switches=policy.num_switches if policy else 0,
+            gain=(policy.gain(cell) or 0.0) if choice and policy and cell else 0.0,
         )
 
-    @property
-    def _reason(self) -> str:
-        has_plain_kernels = self._cache.device.type == "cuda" and not self._model.operations.replayable
-        return "PLAIN_KERNELS" if has_plain_kernels else "NO_SM_PARTITIONS"
+    def _new_policy(self, ask: Ask) -> PipelinePolicy | None:
+        """None: no step can be pipelined. Raises NoWay: mode static, and there is no such pair of streams."""
+        asked = None
+        if ask.mode is Mode.STATIC:
+            if self._obstacle:
+                raise NoWay(self._obstacle, "the pipeline needs the kernels of pdserve")
+            pair = self._runner.pair(ask.attention_sm, ask.ffn_sm)
+            asked = Arrangement(ask.cut, pair.attention_sm, pair.ffn_sm)
+        if self._obstacle or not self._partitions.num_sms or ask.mode is Mode.DISABLED:
+            return None
+        return PipelinePolicy(
+            self._arrangements(asked),
+            self._calibration,
+            num_layers=self._num_layers,
+            batch_buckets=self._batch_buckets,
+            mode=ask.mode,
+            asked=asked,
+        )
+
+    def _arrangements(self, asked: Arrangement | None) -> Arrangements:
+        num_sms = self._partitions.num_sms
+        pairs = [(split, num_sms - split) for split in self._partitions.splits] + [(num_sms, num_sms)]
+        every = [Arrangement(cut, *pair) for cut in Cut for pair in pairs]
+        return Arrangements([*every, asked] if asked else every, num_sms)
+
+    def _why_sequential(self) -> tuple[str, str]:
+        """(name, what a person would like to know beside it)."""
+        if self._ask.mode is Mode.DISABLED:
+            return "DISABLED", ""
+        if self._fallback is not None:
+            return self._fallback.reason, self._fallback.detail
+        if self._obstacle:
+            return self._obstacle, ""
+        if self._policy is None:
+            stats = self._partitions.stats()
+            return stats.state.name, "; ".join(filter(None, (stats.reason, stats.remedy)))
+        reason = self._policy.reason(self._cell) if self._cell else None
+        return (reason.name, reason.value) if reason else ("NO_STEPS", "nothing has been decoded yet")
 
     def _takes_profile(self) -> bool:
         if not self._profiling:
@@ -187,27 +297,20 @@ class PipelineScheduler:
         self._until_profile = PROFILE_EVERY
         return True
 
-    def _clock(self, variant: _Variant) -> StageClock | None:
-        if not variant.profiled:
-            return None
-        if variant not in self._clocks:
-            self._clocks[variant] = stage_clock(self._cache.device)
-        return self._clocks[variant]
+    def _prepare(self, way: Way, batch: ForwardBatch, finish: Finish) -> None:
+        try:
+            self._runner.prepare(way, batch, finish)
+        except NoWay as error:
+            self._fall_back(error)
 
-    def _step(self, variant: _Variant, batch: ForwardBatch, finish: Finish | None) -> tuple[Tensor, ...]:
-        clock = self._clock(variant)
-        return run_pipelined(
-            self._model,
-            self._cache,
-            batch,
-            self._sequential,
-            finish=finish or (lambda logits, first: None),
-            around=clock.around if clock else lambda stage: contextlib.nullcontext(),
-        )
+    def _instead(self, run: Run | None) -> Run | None:
+        """What the policy is told of a sequential step that it did not choose."""
+        if run is None or run.arrangement is None:
+            return run
+        return run._replace(arrangement=None, purpose=Purpose.PROBE)
 
-
-def handoff_bytes(model: Qwen3ForCausalLM, order: Order) -> int:
-    """What attention hands to the FFN of a layer, for each token: its result and the residual stream."""
-    config = model.config
-    width = config.hidden_size if order.cut is Cut.LAYER else config.num_heads * config.head_dim
-    return (width + config.hidden_size) * model.dtype.itemsize
+    def _fall_back(self, error: NoWay) -> None:
+        log.error("decode steps are sequential from now on: %s", error)
+        self._fallback = error
+        self._policy = None
+        self._runner.forget()

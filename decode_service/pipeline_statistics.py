@@ -49,6 +49,7 @@ class LaneStatistics:
 class PipelineStatistics:
     def __init__(self) -> None:
         self.num_steps = 0
+        self.num_pipelined = 0
         self.total_tokens = 0
         self.num_profiled = 0
         self.lanes = {lane: LaneStatistics() for lane in Lane}
@@ -56,8 +57,9 @@ class PipelineStatistics:
         # Of the profiled ones.
         self.profiled_s = 0.0
 
-    def add_step(self, seconds: float, num_tokens: int) -> None:
+    def add_step(self, seconds: float, num_tokens: int, *, is_pipelined: bool) -> None:
         self.num_steps += 1
+        self.num_pipelined += is_pipelined
         self._steps_s += seconds
         self.total_tokens += num_tokens
 

@@ -79,7 +79,8 @@ class HostRunner:
                 add_to_state(self._state, reservation.slot, reservation.sequence)
         sequences = [reservation.sequence for reservation in decoding]
         batch = decode_batch(sequences, block_size=self._block_size, device=self._device)
-        logits = self._pipeline.decode_token(batch)
+        mean_context = sum(sequence.num_tokens for sequence in sequences) / len(sequences)
+        logits = self._pipeline.decode_token(batch, num_seqs=len(sequences), mean_context=mean_context)
         logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)
         slots = [reservation.slot for reservation in decoding]
         drawn = self._sampler.draw(logits_SV, self._state, slots, batch.positions_T + 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc.aio
 
@@ -18,8 +17,12 @@ from decode_service.decisions import Mode
 from decode_service.engine import Completed, DecodeEngine, Event
 from decode_service.pairs import PairServer
 from decode_service.pipeline import PipelineStats
+from decode_service.pipeline_order import Cut
 from decode_service.streams import Mailbox, responses
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
+
+# The engine answers between two steps, and a new pair of streams takes a moment to be made and checked.
+CONFIGURE_S = 60.0
 
 _MODES = {
     decode_pb2.PIPELINE_MODE_AUTO: Mode.AUTO,
@@ -110,17 +113,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.SetPipelineRequest, context: grpc.aio.ServicerContext
     ) -> decode_pb2.SetPipelineResponse:
         mode = _mode_of(request) if request.HasField("mode") else None
-
-        def given(name: str) -> Any:
-            return getattr(request, name) if request.HasField(name) else None
-
-        self._engine.pipeline.configure(
+        changes = self._engine.configure_pipeline(
             mode=mode,
-            attention_sm=given("decode_attention_sm"),
-            ffn_sm=given("decode_ffn_sm"),
-            profiling=given("decode_pipeline_profiling"),
+            cut=_cut_of(request) if request.HasField("decode_pipeline_cut") else None,
+            attention_sm=_positive(request, "decode_attention_sm"),
+            ffn_sm=_positive(request, "decode_ffn_sm"),
+            profiling=request.decode_pipeline_profiling if request.HasField("decode_pipeline_profiling") else None,
         )
-        return decode_pb2.SetPipelineResponse(stats=_stats_to_proto(self._engine.pipeline.stats()))
+        stats = await asyncio.wait_for(asyncio.wrap_future(changes), CONFIGURE_S)
+        return decode_pb2.SetPipelineResponse(stats=_stats_to_proto(stats))
 
     async def _read(
         self, sequence: Sequence, mailbox: Mailbox, requests: AsyncIterator[decode_pb2.DecodeRequest]
@@ -146,6 +147,23 @@ def _mode_of(request: decode_pb2.SetPipelineRequest) -> Mode:
     if request.mode not in _MODES:
         raise InvalidArgument(f"unknown pipeline mode {request.mode}", field="mode")
     return _MODES[request.mode]
+
+
+def _cut_of(request: decode_pb2.SetPipelineRequest) -> Cut:
+    try:
+        return Cut(request.decode_pipeline_cut)
+    except ValueError:
+        names = " or ".join(repr(cut.value) for cut in Cut)
+        raise InvalidArgument(f"{request.decode_pipeline_cut!r}, not {names}", field="decode_pipeline_cut") from None
+
+
+def _positive(request: decode_pb2.SetPipelineRequest, field: str) -> int | None:
+    if not request.HasField(field):
+        return None
+    number: int = getattr(request, field)
+    if number < 1:
+        raise InvalidArgument("at least 1", field=field)
+    return number
 
 
 def _stats_to_proto(stats: PipelineStats) -> decode_pb2.GetPipelineStatsResponse:

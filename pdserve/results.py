@@ -129,6 +129,11 @@ class PipelineStats:
     attention_queue_depth: float
     ffn_queue_depth: float
     handoff_bytes: int
+    fallback_detail: str
+    num_pipelined_steps: int
+    num_rebalances: int
+    num_switches: int
+    gain: float
 
 
 def event_from_proto(message: router_pb2.GenerateResponse, request_id: str) -> Chunk | Completion | None:

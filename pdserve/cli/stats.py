@@ -13,7 +13,6 @@ from pdserve.worker_client import WorkerClient
 
 _REASONS = {
     "DISABLED": "the mode says so",
-    "NO_SM_PARTITIONS": "the device cannot be split into SM partitions",
     "PLAIN_KERNELS": "the model or the GPU is beyond the kernels of pdserve; the log of its start says why",
 }
 
@@ -53,6 +52,9 @@ def _figures(stats: PipelineStats) -> list[str]:
 
 def _state(stats: PipelineStats) -> list[str]:
     lines = [f"Mode: {stats.mode.lower()}", f"Active: {_active(stats)}", _steps(stats)]
+    if stats.num_pipelined_steps:
+        gain = f"{stats.gain:.2f} x sequential" if stats.gain else "not measured yet"
+        lines.append(f"Gain: {gain}; {stats.num_switches} switches, {stats.num_rebalances} rebalances")
     if (stats.attention_sm_asked, stats.ffn_sm_asked) != (stats.attention_sm, stats.ffn_sm):
         lines.append(f"SMs asked for: {stats.attention_sm_asked} attention, {stats.ffn_sm_asked} FFN")
     return lines
@@ -73,13 +75,14 @@ def _lanes(stats: PipelineStats) -> list[str]:
 
 def _active(stats: PipelineStats) -> str:
     if stats.active:
-        return "yes"
-    words = _REASONS.get(stats.fallback_reason)
+        return f"yes, cut {stats.cut}"
+    words = stats.fallback_detail or _REASONS.get(stats.fallback_reason)
     reason = f"{stats.fallback_reason}: {words}" if words else stats.fallback_reason
     return f"no, attention and FFN take turns on the whole device ({reason})"
 
 
 def _steps(stats: PipelineStats) -> str:
+    steps = f"Steps: {stats.num_steps}, {stats.num_pipelined_steps} of them pipelined"
     if stats.num_profiled_steps:
-        return f"Steps: {stats.num_steps}, {stats.num_profiled_steps} of them profiled"
-    return f"Steps: {stats.num_steps}, none profiled (attention and FFN times need decode_pipeline_profiling)"
+        return f"{steps}, {stats.num_profiled_steps} profiled"
+    return f"{steps}, none profiled (attention and FFN times need decode_pipeline_profiling)"

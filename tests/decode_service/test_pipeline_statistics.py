@@ -36,7 +36,7 @@ def test_profiling_times_one_step_in_many_and_nothing_when_off():
     engine.run_all([make_request(range(9), max_tokens=5)])
     before = engine.pipeline.stats()
     assert (before.num_profiled_steps, before.attention_ms, before.attention_stage_p99_ms) == (0, 0, 0)
-    engine.pipeline.configure(mode=None, attention_sm=None, ffn_sm=None, profiling=True)
+    engine.pipeline.configure(profiling=True)
     engine.run_all([make_request(range(9), max_tokens=PROFILE_EVERY + 3)])
     after = engine.pipeline.stats()
     assert after.num_steps == before.num_steps + PROFILE_EVERY + 2

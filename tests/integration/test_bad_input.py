@@ -199,4 +199,4 @@ async def test_prefill_refuses_what_it_cannot_ship(cluster, changes, code, field
 async def test_a_static_pipeline_without_partitions_is_refused_with_the_reason(cluster):
     request = decode_pb2.SetPipelineRequest(mode=decode_pb2.PIPELINE_MODE_STATIC)
     error = await refusal(cluster.decode_stub.SetPipeline(request, timeout=10))
-    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_SM_PARTITIONS")
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_GPU")

@@ -88,6 +88,10 @@ SEED_FIGURES = decode_pb2.GetPipelineStatsResponse(
     bubble_share=0.5,
     attention_queue_depth=0.25,
     handoff_bytes=4096,
+    num_pipelined_steps=60,
+    num_switches=1,
+    num_rebalances=2,
+    gain=1.05,
 )
 
 

@@ -71,8 +71,9 @@ async def test_stats_print_the_figure_lines(serve, pdserve):
         "  Attention SMs: 16\n"
         "  FFN SMs: 16\n"
         "  Mode: static\n"
-        "  Active: yes\n"
-        "  Steps: 64, 64 of them profiled\n"
+        "  Active: yes, cut layer\n"
+        "  Steps: 64, 60 of them pipelined, 64 profiled\n"
+        "  Gain: 1.05 x sequential; 1 switches, 2 rebalances\n"
         "  Attention stages: p50 0.040 ms, p99 0.051 ms; busy 56% of a step, 0.25 waiting\n"
         "  FFN stages: p50 0.030 ms, p99 0.033 ms; busy 44% of a step, 0.00 waiting\n"
         "  Bubbles: 50% of both lanes' time\n"
@@ -84,13 +85,17 @@ async def test_stats_print_the_figure_lines(serve, pdserve):
     ("reason", "words"),
     [
         ("DISABLED", "(DISABLED: the mode says so)"),
-        ("NO_SM_PARTITIONS", "(NO_SM_PARTITIONS: the device cannot be split into SM partitions)"),
+        ("NO_GPU", "(NO_GPU: computing on the CPU)"),
         ("SOMETHING_NEW", "(SOMETHING_NEW)"),
     ],
 )
 async def test_stats_say_why_steps_are_sequential(serve, pdserve, reason, words):
     stats = decode_pb2.GetPipelineStatsResponse(
-        mode=decode_pb2.PIPELINE_MODE_AUTO, fallback_reason=reason, attention_sm_asked=16, ffn_sm_asked=24
+        mode=decode_pb2.PIPELINE_MODE_AUTO,
+        fallback_reason=reason,
+        fallback_detail="computing on the CPU" if reason == "NO_GPU" else "",
+        attention_sm_asked=16,
+        ffn_sm_asked=24,
     )
     _, stdout, _ = await pdserve("stats", "--decode", await serve(FakeWorker(stats=stats).add_to))
     assert f"Active: no, attention and FFN take turns on the whole device {words}" in stdout

@@ -10,10 +10,9 @@ from common.clock import FakeClock
 from common.config import DecodeConfig
 from common.engine.setup import build
 from common.metrics import DecodeMetrics
-from decode_service.assembly import make_runner, prepare
-from decode_service.decisions import Mode
+from decode_service.assembly import make_pipeline, make_runner, prepare
 from decode_service.engine import Completed, DecodeEngine, Lost, Token
-from decode_service.pipeline import PipelineScheduler
+from decode_service.green_manager import GreenManager
 from decode_service.scheduler import DecodeScheduler
 from tests.support.device import WORKER_SETTINGS
 from tests.support.models import dummy_model_folder
@@ -22,7 +21,9 @@ from tests.support.models import dummy_model_folder
 class HandTurnedEngine(DecodeEngine):
     """A decode engine whose events are kept by sequence."""
 
-    def __init__(self, *, num_blocks=64, max_num_seqs=16, choose=None, captured=False, **settings) -> None:
+    def __init__(
+        self, *, num_blocks=64, max_num_seqs=16, choose=None, captured=False, partitions=None, **settings
+    ) -> None:
         config = DecodeConfig(
             model=dummy_model_folder(),
             load_format="dummy",
@@ -33,9 +34,7 @@ class HandTurnedEngine(DecodeEngine):
         self.clock = FakeClock()
         self.happened: dict = {}
         self.gone: list = []
-        pipeline = PipelineScheduler(
-            parts.model, parts.cache, mode=Mode.AUTO, attention_sm=16, ffn_sm=16, profiling=False
-        )
+        pipeline = make_pipeline(config, parts, partitions or GreenManager.of(parts.device))
         scheduler = DecodeScheduler(
             parts.pool,
             parts.prefix,

@@ -80,13 +80,12 @@ class RememberingPrefiller:
 
 
 class RememberingPipeline:
-    profiling = False
     runner: device_runner.DeviceRunner
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
 
-    def decode_token(self, batch, finish):
+    def decode_token(self, batch, finish, **_):
         rows = zip(
             *(t.tolist() for t in (batch.token_ids_T, batch.positions_T, batch.slot_mapping_T, batch.kv_len_S)),
             batch.block_table_SP.tolist(),

@@ -1,0 +1,175 @@
+"""The pipeline in the engine, on CPU tensors and a GPU that is made up."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from common.errors import FailedPrecondition
+from decode_service.decisions import Mode
+from decode_service.green_manager import GreenManager
+from decode_service.partitions import NoPartitions, State
+from decode_service.pipeline_order import Cut
+from decode_service.step_runner import NoWay
+from tests.fakes.gpu import FakeGpu
+from tests.support.engine import HandTurnedEngine
+from tests.support.models import VOCAB, make_request
+
+STATIC = {"decode_pipeline": "static", "decode_attention_sm": 64, "decode_ffn_sm": 68}
+
+
+@pytest.fixture
+def gpu():
+    return FakeGpu()
+
+
+def engine(gpu, **settings):
+    return HandTurnedEngine(partitions=GreenManager(gpu, gpu), **settings)
+
+
+def requests(count, max_tokens=12):
+    draw = random.Random(count)
+    return [
+        make_request(
+            [draw.randrange(VOCAB - 1) for _ in range(draw.randrange(1, 40))],
+            max_tokens=max_tokens + index,
+            temperature=0.0 if index % 2 else 0.8,
+            presence_penalty=0.5 if index % 3 == 0 else 0.0,
+            num_logprobs=2 if index % 4 == 0 else None,
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("cut", [cut.value for cut in Cut])
+def test_pipelined_steps_give_the_tokens_of_sequential_ones(gpu, cut):
+    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(9))
+    pipelined = engine(gpu, decode_pipeline_cut=cut, **STATIC)
+    assert pipelined.run_all(requests(9)) == expected
+    stats = pipelined.pipeline.stats()
+    assert stats.num_pipelined_steps > 10
+    # The last sequence is alone, and one sequence is not two micro-batches.
+    assert (stats.active, stats.fallback_reason) == (False, "SINGLE_SEQUENCE")
+
+
+def test_statistics_show_what_runs(gpu):
+    pipelined = engine(gpu, decode_pipeline_profiling=True, **STATIC)
+    for sequence in requests(4, max_tokens=80):
+        pipelined.open(sequence, local=True)
+    while pipelined.pipeline.stats().num_steps < 40:
+        pipelined.turn()
+    stats = pipelined.pipeline.stats()
+    assert (stats.mode, stats.active, stats.cut, stats.fallback_reason) == (Mode.STATIC, True, "layer", "")
+    assert (stats.attention_sm_asked, stats.ffn_sm_asked, stats.attention_sm, stats.ffn_sm) == (64, 68, 64, 68)
+    assert stats.num_profiled_steps == 2
+    assert min(stats.attention_ms, stats.ffn_ms, stats.attention_stage_p50_ms, stats.ffn_stage_p99_ms) > 0
+    # On a CPU the second micro-batch has its input from the start and waits for the first.
+    assert stats.attention_queue_depth > 0
+
+
+def test_modes_change_between_steps_and_cost_no_token(gpu):
+    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(6, max_tokens=30))
+    changing = engine(gpu, decode_pipeline="disabled")
+    sequences = requests(6, max_tokens=30)
+    for sequence in sequences:
+        changing.open(sequence, local=True)
+    changes = iter(
+        [
+            {"mode": Mode.STATIC, "attention_sm": 64, "ffn_sm": 68},
+            {"cut": Cut.ATTENTION_CORE},
+            {"attention_sm": 16, "ffn_sm": 16},
+            {"mode": Mode.AUTO},
+            {"mode": Mode.STATIC, "attention_sm": 132, "ffn_sm": 132},
+            {"mode": Mode.DISABLED},
+        ]
+    )
+    active = []
+    for turn in range(2000):
+        if turn and turn % 5 == 0 and (change := next(changes, None)):
+            done = changing.configure_pipeline(**change)
+            changing.turn()
+            active.append(done.result(timeout=5).active)
+        if not changing.turn() and all(changing.events(one, object)[-1:] for one in sequences):
+            if all(len(changing.tokens(one)) == one.request.stopping.max_tokens for one in sequences):
+                break
+            changing.rest()
+    assert [changing.tokens(one) for one in sequences] == expected
+    assert active == [True, True, True, False, True, False]
+
+
+def test_static_that_cannot_be_is_refused_and_changes_nothing(gpu):
+    running = engine(gpu, decode_pipeline="auto")
+    gpu.split_fails_at = (1,)
+    done = running.configure_pipeline(mode=Mode.STATIC, attention_sm=16, ffn_sm=16)
+    running.turn()
+    with pytest.raises(FailedPrecondition, match="cuGreenCtxCreate") as caught:
+        done.result(timeout=5)
+    assert (caught.value.reason, caught.value.field) == ("SPLIT_FAILED", "mode")
+    assert running.pipeline.stats().mode is Mode.AUTO
+
+
+@pytest.mark.parametrize("state", [State.NO_CUDA_PYTHON, State.DRIVER_TOO_OLD, State.SPLIT_FAILED])
+def test_a_worker_started_static_without_partitions_decodes_sequentially_and_says_why(gpu, state):
+    partitions = GreenManager(NoPartitions(state, "so it is"), gpu)
+    running = HandTurnedEngine(partitions=partitions, **STATIC)
+    running.run_all(requests(3))
+    stats = running.pipeline.stats()
+    assert (stats.active, stats.num_pipelined_steps, stats.fallback_reason) == (False, 0, state.name)
+    assert "so it is" in stats.fallback_detail
+    assert state.remedy in stats.fallback_detail
+
+
+def test_partitions_that_fail_their_check_are_never_run_on(gpu):
+    gpu.graphs_forget = True
+    running = engine(gpu, **STATIC)
+    running.run_all(requests(3))
+    stats = running.pipeline.stats()
+    assert (stats.num_pipelined_steps, stats.fallback_reason) == (0, "VERIFICATION_FAILED")
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("prepare", "CAPTURE_FAILED"), ("run", "REPLAY_FAILED")])
+def test_a_pipelined_step_that_fails_is_computed_sequentially(gpu, monkeypatch, fault, reason):
+    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(5))
+    running = engine(gpu, **STATIC)
+    runner = running.pipeline._runner
+    compute = runner.run
+
+    def run(way, batch, finish):
+        if way.arrangement is not None:
+            raise NoWay(reason, "CUDA error: out of memory")
+        return compute(way, batch, finish)
+
+    def prepare(way, batch, finish):
+        raise NoWay(reason, "CUDA error: out of memory")
+
+    if fault == "prepare":
+        monkeypatch.setattr(runner, "is_ready", lambda way: way.arrangement is None)
+        monkeypatch.setattr(runner, "prepare", prepare)
+    else:
+        monkeypatch.setattr(runner, "run", run)
+    assert running.run_all(requests(5)) == expected
+    stats = running.pipeline.stats()
+    assert (stats.active, stats.num_pipelined_steps) == (False, 0)
+    assert (stats.fallback_reason, stats.fallback_detail) == (reason, "CUDA error: out of memory")
+
+
+def test_what_fell_back_is_tried_again_once_it_is_configured(gpu, monkeypatch):
+    running = engine(gpu, **STATIC)
+    running.pipeline._fall_back(NoWay("REPLAY_FAILED", "once"))
+    running.run_all(requests(3))
+    assert running.pipeline.stats().num_pipelined_steps == 0
+    running.pipeline.configure(cut=Cut.ATTENTION_CORE)
+    running.run_all(requests(3))
+    assert running.pipeline.stats().num_pipelined_steps > 0
+
+
+def test_auto_without_a_calibration_is_sequential_and_says_so(gpu):
+    running = engine(gpu, decode_pipeline="auto")
+    for sequence in requests(4, max_tokens=40):
+        running.open(sequence, local=True)
+    while running.pipeline.stats().num_steps < 8:
+        running.turn()
+    stats = running.pipeline.stats()
+    assert (stats.active, stats.fallback_reason) == (False, "NOT_CALIBRATED")
