@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, start_http_server
 
 from common.address import Address
+from common.pipeline_metrics import PipelineCollector
 
 WAIT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 STEP_S = (0.0005, 0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -121,7 +122,8 @@ class DecodeMetrics(WorkerMetrics):
         self.first_step_s = new.histogram("first_step_seconds", "KV committed until the second token was known.")
         self.pressure = new.gauge("pressure", "1 while this is why routers hold new prompts back.", "reason")
         self.pressure_s = new.counter("pressure_seconds", "Time for which that was so.", "reason")
-        self.pipeline_active = new.gauge("pipeline_active", "1 while steps run on the attention/FFN pipeline.")
+        self.pipeline = PipelineCollector()
+        self.registry.register(self.pipeline)
 
 
 @contextlib.contextmanager

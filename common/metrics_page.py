@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
 from common.metrics import DecodeMetrics, Metrics, PrefillMetrics, RouterMetrics, WorkerMetrics
+from common.pipeline_metrics import FAMILIES, PipelineCollector
 
 HEAD = """\
 # Metrics
@@ -27,17 +31,26 @@ def page() -> str:
 
 def _section(title: str, metrics: Metrics, shown_already: set[str]) -> str:
     rows = [
-        _row(metric)
+        _row(family, labels)
         for name, metric in vars(metrics).items()
-        if isinstance(metric, MetricWrapperBase) and name not in shown_already
+        if name not in shown_already
+        for family, labels in _families(metric)
     ]
     return "\n".join([f"## {title}", "", "| name | type | labels | what it says |", "|---|---|---|---|", *rows, ""])
 
 
-def _row(metric: MetricWrapperBase) -> str:
-    (family,) = metric.describe()
+def _families(metric: object) -> Iterator[tuple[Metric, Sequence[str]]]:
+    """Each with its labels."""
+    if isinstance(metric, MetricWrapperBase):
+        (family,) = metric.describe()
+        yield family, metric._labelnames
+    elif isinstance(metric, PipelineCollector):
+        yield from zip(metric.describe(), (family.labels for family in FAMILIES), strict=True)
+
+
+def _row(family: Metric, label_names: Sequence[str]) -> str:
     name = family.name + ("_total" if family.type == "counter" else "")
-    labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+    labels = ", ".join(f"`{label}`" for label in label_names)
     return f"| `{name}` | {family.type} | {labels} | {family.documentation} |"
 
 

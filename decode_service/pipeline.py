@@ -177,6 +177,8 @@ class PipelineScheduler:
         if run is not None and self._policy is not None and seconds > 0:
             change = self._policy.observe(run, seconds, busy_s)
             if change is not None:
+                self._statistics.num_rebalances += change.is_rebalance
+                self._statistics.num_switches += change.is_switch
                 log.info(
                     "decode steps of up to %d sequences and %d tokens of context: %s instead of %s (%s)",
                     *change.cell,
@@ -244,8 +246,8 @@ class PipelineScheduler:
             attention_queue_depth=attention.queue_depth(seen.profiled_s),
             ffn_queue_depth=ffn.queue_depth(seen.profiled_s),
             handoff_bytes=self._runner.handoff_bytes(choice.cut if choice else Cut.LAYER),
-            num_rebalances=policy.num_rebalances if policy else 0,
-            num_switches=policy.num_switches if policy else 0,
+            num_rebalances=seen.num_rebalances,
+            num_switches=seen.num_switches,
             gain=(policy.gain(cell) or 0.0) if choice and policy and cell else 0.0,
         )
 

@@ -50,6 +50,8 @@ class PipelineStatistics:
     def __init__(self) -> None:
         self.num_steps = 0
         self.num_pipelined = 0
+        self.num_rebalances = 0
+        self.num_switches = 0
         self.total_tokens = 0
         self.num_profiled = 0
         self.lanes = {lane: LaneStatistics() for lane in Lane}

@@ -47,7 +47,7 @@ class DecodeWorker:
         self.engine.transport_of = self.pairs.transport_of
         self.front.num_pairs = lambda: self.pairs.num_pairs
         self.metrics.reservations.set_function(lambda: self.front.load.num_reserved)
-        self.metrics.pipeline_active.set_function(lambda: self.engine.pipeline.stats().active)
+        self.metrics.pipeline.stats = self.engine.pipeline.stats
         self._servicer = DecodeServicer(
             self.engine, events, self.pairs, self.front, pair_endpoint=config.pair_endpoint, clock=monotonic
         )
