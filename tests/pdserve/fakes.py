@@ -144,9 +144,14 @@ class FakeWorker(decode_pb2_grpc.DecodeServiceServicer, worker_pb2_grpc.WorkerSe
         self.stats = stats
         self.remaining = remaining
         self.drain_deadlines_s: list[float | None] = []
+        self.pipeline_requests: list[decode_pb2.SetPipelineRequest] = []
 
     async def GetPipelineStats(self, request, context):
         return self.stats
+
+    async def SetPipeline(self, request, context):
+        self.pipeline_requests.append(request)
+        return decode_pb2.SetPipelineResponse(stats=self.stats)
 
     async def Drain(self, request, context):
         self.drain_deadlines_s.append(request.deadline_s if request.HasField("deadline_s") else None)
