@@ -24,12 +24,8 @@ class HandTurnedEngine(DecodeEngine):
     def __init__(
         self, *, num_blocks=64, max_num_seqs=16, choose=None, captured=False, partitions=None, **settings
     ) -> None:
-        config = DecodeConfig(
-            model=dummy_model_folder(),
-            load_format="dummy",
-            num_blocks=num_blocks,
-            **{**WORKER_SETTINGS, "max_num_seqs": max_num_seqs, **settings},
-        )
+        model = {"model": dummy_model_folder(), "load_format": "dummy", "num_blocks": num_blocks}
+        config = DecodeConfig(**{**model, **WORKER_SETTINGS, "max_num_seqs": max_num_seqs, **settings})
         self.parts = parts = build(config, choose=choose)
         self.clock = FakeClock()
         self.happened: dict = {}
