@@ -129,8 +129,8 @@ def services(
     settings = {"model": folder, "load_format": "dummy", "device": device, "max_num_seqs": max_num_seqs, **SETTINGS}
     flags = [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), str(value))]
     decode = f"127.0.0.1:{free_port()}"
-    # No prefix is shared, and the engine alone does not look for one either.
-    decode_flags = [*flags, "--no-prefix-cache", *decode_args]
+    # No prefix is shared, and the engine alone does not look for one either; nor is it ever idle and calibrates.
+    decode_flags = [*flags, "--no-prefix-cache", "--decode-pipeline", "disabled", *decode_args]
     # Nothing listens on port 1: no prefill worker, and nobody waits for one.
     router_flags = ["--model", folder, "--decode", decode, "--prefill", "127.0.0.1:1", "--startup-grace-s", "0"]
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:

@@ -215,6 +215,9 @@ class DecodeConfig(WorkerConfig):
     decode_attention_sm: int = setting(16, "SMs for attention when static", minimum=1)
     decode_ffn_sm: int = setting(16, "SMs for the FFN when static", minimum=1)
     decode_pipeline_profiling: bool = setting(False, "time the stages of one step in 32")
+    decode_pipeline_folder: str = setting(
+        "", "where auto keeps what it measured of stages; empty: pdserve in XDG_CACHE_HOME or ~/.cache"
+    )
     decode_pipeline_graphs_gib: float = setting(
         1.0, "on cuda: memory for CUDA graphs of pipelined steps, of what the KV cache leaves free", minimum=0
     )

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
+
+import torch
 
 from common.clock import Clock, monotonic
 from common.config import DecodeConfig
@@ -11,6 +15,9 @@ from common.engine.preparation import capturing, prepare_prefill, preparing
 from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
+from decode_service.calibrating import calibrate, cells_to_measure
+from decode_service.calibration import Calibration
+from decode_service.calibration_file import CalibrationKey, default_folder, load, save
 from decode_service.decisions import Mode
 from decode_service.engine import DecodeEngine, OnEvents
 from decode_service.green_manager import GreenManager
@@ -18,7 +25,13 @@ from decode_service.pipeline import Ask, PipelineScheduler
 from decode_service.pipeline_order import Cut
 from decode_service.runner import DecodeRunner, HostRunner
 from decode_service.scheduler import DecodeScheduler
+from decode_service.stage_measuring import StageMeasuring
 from decode_service.step_runner import StepRunner
+
+log = logging.getLogger(__name__)
+
+# Counts up with whatever changes what stages take: kernels, cuts.
+CALIBRATED_CODE = 1
 
 
 def make_engine(
@@ -63,6 +76,18 @@ def make_engine(
 def make_pipeline(config: DecodeConfig, parts: WorkerParts, partitions: GreenManager) -> PipelineScheduler:
     """How steps are computed, with what `partitions` can give."""
     has_plain_kernels = parts.device.type == "cuda" and not parts.model.operations.replayable
+    buckets = batch_buckets(config.max_num_seqs)
+    key = calibration_key(parts, partitions)
+    folder = Path(config.decode_pipeline_folder).expanduser() if config.decode_pipeline_folder else default_folder()
+    calibration = load(key, folder) if partitions.splits else None
+    cells = cells_to_measure(buckets, parts.identity.context_length, parts.cache.num_blocks * parts.cache.block_size)
+
+    def keep(measured: Calibration) -> None:
+        try:
+            log.info("the pipeline is calibrated; kept in %s", save(measured, key, folder))
+        except OSError as error:
+            log.warning("the pipeline's calibration cannot be kept, the next start makes it again: %s", error)
+
     return PipelineScheduler(
         StepRunner(
             parts.model, parts.cache, partitions, max_graph_bytes=int(config.decode_pipeline_graphs_gib * 2**30)
@@ -75,9 +100,26 @@ def make_pipeline(config: DecodeConfig, parts: WorkerParts, partitions: GreenMan
             config.decode_ffn_sm,
         ),
         num_layers=parts.model.config.num_layers,
-        batch_buckets=batch_buckets(config.max_num_seqs),
+        batch_buckets=buckets,
         profiling=config.decode_pipeline_profiling,
         obstacle="PLAIN_KERNELS" if has_plain_kernels else "",
+        calibration=calibration,
+        calibrating=calibrate(StageMeasuring(parts.model, parts.cache), partitions, cells)
+        if cells and not calibration
+        else None,
+        on_calibrated=keep,
+    )
+
+
+def calibration_key(parts: WorkerParts, partitions: GreenManager) -> CalibrationKey:
+    """What stage times hold for."""
+    is_cuda = parts.device.type == "cuda"
+    return CalibrationKey(
+        gpu_name=torch.cuda.get_device_name(parts.device) if is_cuda else "",
+        num_sm=partitions.num_sms,
+        driver=partitions.driver_version,
+        model=f"{parts.identity.model_fingerprint} {parts.model.dtype} {parts.model.operations.name}",
+        code=f"{CALIBRATED_CODE}, torch {torch.__version__}",
     )
 
 

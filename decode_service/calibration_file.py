@@ -19,7 +19,6 @@ from decode_service.pipeline_order import Cut, Lane
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path("~/.cache/pdserve")
 # Of the file. Another one is not read.
 FORMAT = 1
 
@@ -42,13 +41,17 @@ class CalibrationKey:
         return f"pipeline-{re.sub(r'[^a-z0-9]+', '-', self.gpu_name.lower()).strip('-')}-{digest}.json"
 
 
-def save(calibration: Calibration, key: CalibrationKey, folder: Path = FOLDER) -> Path:
+def default_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pdserve"
+
+
+def save(calibration: Calibration, key: CalibrationKey, folder: Path) -> Path:
     """Replaces the key's file as a whole: readers see the old one or the new one. Safe to repeat.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    path = folder.expanduser() / key.file_name
+    path = folder / key.file_name
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "key": asdict(key), "cells": [_cell_to_json(cell) for cell in calibration.cells]}
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
@@ -62,9 +65,9 @@ def save(calibration: Calibration, key: CalibrationKey, folder: Path = FOLDER) -
     return path
 
 
-def load(key: CalibrationKey, folder: Path = FOLDER) -> Calibration | None:
+def load(key: CalibrationKey, folder: Path) -> Calibration | None:
     """What was saved for this key. None if there is nothing, or nothing that can be used; that is logged."""
-    path = folder.expanduser() / key.file_name
+    path = folder / key.file_name
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != FORMAT:

@@ -65,6 +65,8 @@ class Completed(NamedTuple):
     local_prefill_ms: float
 
 
+# Of a calibration, at a time: a request that comes waits for it.
+CALIBRATE_S = 0.02
 # A sequence's first tokens never gather: somebody waits for them.
 FIRST_TOKENS = 2
 
@@ -137,6 +139,8 @@ class DecodeEngine(EngineLoop):
         # With steps in flight the next one is near, and it schedules.
         if not self.num_in_flight:
             self._announce(self.scheduler.schedule())
+            if not self.scheduler.reservations:
+                self.pipeline.calibrate(CALIBRATE_S)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         super().stop(timeout_s)

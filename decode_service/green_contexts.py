@@ -48,6 +48,10 @@ class GreenContextDriver:
     def num_sms(self) -> int:
         return self._whole.sm.smCount
 
+    @property
+    def version(self) -> str:
+        return _dotted(self._call("cuDriverGetVersion"))
+
     def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
         attention_resource, ffn_resource = self._cut(self._whole, attention_sm)
         if ffn_resource.sm.smCount == 0:

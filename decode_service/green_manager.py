@@ -106,6 +106,11 @@ class GreenManager:
         return self._streams.num_sms if self._streams else 0
 
     @property
+    def driver_version(self) -> str:
+        """Empty where there are no partitions."""
+        return "" if isinstance(self._driver, NoPartitions) else self._driver.version
+
+    @property
     def splits(self) -> tuple[int, ...]:
         """How many SMs attention can be given, ascending; the FFN may have the rest. Empty where none can be given."""
         if isinstance(self._driver, NoPartitions):

@@ -75,6 +75,10 @@ class PartitionDriver(Protocol):
     def num_sms(self) -> int:
         """Of the whole device."""
 
+    @property
+    def version(self) -> str:
+        """The newest CUDA that it supports."""
+
     def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
         """Disjoint groups of at least so many SMs, or neither; the FFN's is all that is left, if that is fewer."""
 

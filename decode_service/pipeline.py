@@ -8,8 +8,9 @@ the step is then a sequential one.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from common.errors import FailedPrecondition
 from common.model.batch import ForwardBatch
 from decode_service.arrangements import Arrangement, Arrangements, Cell, cell_of
 from decode_service.calibration import Calibration
-from decode_service.decisions import Mode, Purpose, Run
+from decode_service.decisions import Mode, Purpose, Reason, Run
 from decode_service.green_manager import GreenManager
 from decode_service.pipeline_order import Cut, Lane
 from decode_service.pipeline_policy import PipelinePolicy
@@ -97,8 +98,13 @@ class PipelineScheduler:
         profiling: bool = False,
         obstacle: str = "",
         calibration: Calibration | None = None,
+        calibrating: Generator[None, None, Calibration] | None = None,
+        on_calibrated: Callable[[Calibration], None] = lambda calibration: None,
     ) -> None:
-        """`obstacle`: why this worker cannot have a pipeline at all, as a name."""
+        """`obstacle`: why this worker cannot have a pipeline at all, as a name.
+
+        `calibrating` makes the calibration, a measurement at a time, where there is none yet.
+        """
         self._runner = runner
         self._partitions = partitions
         self._ask = ask
@@ -107,6 +113,8 @@ class PipelineScheduler:
         self._profiling = profiling
         self._obstacle = obstacle
         self._calibration = calibration or Calibration()
+        self._calibrating = calibrating
+        self._on_calibrated = on_calibrated
         self._statistics = PipelineStatistics()
         # What went wrong with a pipelined step; they are sequential until the pipeline is configured anew.
         self._fallback: NoWay | None = None
@@ -186,6 +194,23 @@ class PipelineScheduler:
                     change.before or "sequential",
                     change.reason.value,
                 )
+
+    def calibrate(self, seconds: float) -> None:
+        """Measures for about so long, between two steps, if mode `auto` still has something to measure."""
+        if self._calibrating is None or self._ask.mode is not Mode.AUTO or self._policy is None:
+            return
+        until_s = time.monotonic() + seconds
+        try:
+            while time.monotonic() < until_s:
+                next(self._calibrating)
+        except StopIteration as end:
+            self._calibrating = None
+            self._calibration = end.value
+            self._policy = self._new_policy(self._ask)
+            self._on_calibrated(self._calibration)
+        except RuntimeError as error:
+            self._calibrating = None
+            self._fall_back(NoWay("CALIBRATION_FAILED", str(error).partition("\n")[0]))
 
     def configure(
         self,
@@ -287,6 +312,8 @@ class PipelineScheduler:
         if self._policy is None:
             stats = self._partitions.stats()
             return stats.state.name, "; ".join(filter(None, (stats.reason, stats.remedy)))
+        if self._calibrating is not None and self._ask.mode is Mode.AUTO:
+            return Reason.NOT_CALIBRATED.name, "stages are measured while there are no requests"
         reason = self._policy.reason(self._cell) if self._cell else None
         return (reason.name, reason.value) if reason else ("NO_STEPS", "nothing has been decoded yet")
 

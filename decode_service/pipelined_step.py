@@ -95,7 +95,7 @@ def each_stage(
             for wait in waits:
                 lanes.wait(wait)
             with around(stage):
-                result = _run(model, cache, order.cut, stage, states[index], parts[index])
+                result = run_stage(model, cache, order.cut, stage, states[index], parts[index])
                 if not order.is_read(stage):
                     finish(result, rows[index])
             if order.is_read(stage):
@@ -107,7 +107,8 @@ def each_stage(
     return tuple(states)
 
 
-def _run(model: Qwen3ForCausalLM, cache: KvCache, cut: Cut, stage: Stage, state: Any, batch: ForwardBatch) -> Any:
+def run_stage(model: Qwen3ForCausalLM, cache: KvCache, cut: Cut, stage: Stage, state: Any, batch: ForwardBatch) -> Any:
+    """One stage of one micro-batch: from what the stage before left to what the next one takes."""
     match cut, stage.lane:
         case Cut.LAYER, Lane.ATTENTION:
             return model.forward_attention_stage(stage.layer, state, batch, cache)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import grpc.aio
@@ -22,6 +23,10 @@ if not torch.cuda.is_available():
         from tests.support import interpreter
 
         interpreter.mend()
+
+# What workers measure and keep, they keep for this run alone.
+_CACHE = tempfile.TemporaryDirectory(prefix="pdserve-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 AddServicers = Callable[[grpc.aio.Server], None]
 

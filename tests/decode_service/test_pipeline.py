@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from decode_service.decisions import Mode
 from decode_service.green_manager import GreenManager
 from decode_service.partitions import NoPartitions, State
 from decode_service.pipeline_order import Cut
+from decode_service.stage_measuring import StageMeasuring
 from decode_service.step_runner import NoWay
 from tests.fakes.gpu import FakeGpu
 from tests.support.engine import HandTurnedEngine
@@ -22,6 +24,13 @@ STATIC = {"decode_pipeline": "static", "decode_attention_sm": 64, "decode_ffn_sm
 @pytest.fixture
 def gpu():
     return FakeGpu()
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path, monkeypatch):
+    """What is measured in one test is not known in another."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "pdserve"
 
 
 def engine(gpu, **settings):
@@ -173,3 +182,50 @@ def test_auto_without_a_calibration_is_sequential_and_says_so(gpu):
         running.turn()
     stats = running.pipeline.stats()
     assert (stats.active, stats.fallback_reason) == (False, "NOT_CALIBRATED")
+
+
+def test_an_idle_worker_calibrates_and_the_next_start_knows(gpu, cache_folder):
+    running = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
+    while not list(cache_folder.glob("*.json")):
+        running.turn()
+    assert running.pipeline.stats().fallback_reason == "NO_STEPS"
+    (kept,) = cache_folder.glob("*.json")
+    cells = json.loads(kept.read_text())["cells"]
+    assert {cell["num_seqs"] for cell in cells} == {32}
+    assert {stage["num_sm"] for stage in cells[0]["stages"]} >= {16, 116}
+    assert all(stage[name] > 0 for stage in cells[0]["stages"] for name in ("seconds", "first_s", "last_s"))
+    running.check()
+    # Whoever comes later is decoded as if nothing had been measured.
+    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(3))
+    assert running.run_all(requests(3)) == expected
+    assert running.pipeline.stats().fallback_reason in ("SINGLE_SEQUENCE", "MEASURING", "SEQUENTIAL_IS_FASTER")
+    again = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
+    assert again.pipeline._calibrating is None
+
+
+def test_a_worker_with_requests_does_not_calibrate(gpu, cache_folder, monkeypatch):
+    running = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
+    monkeypatch.setattr(running.pipeline, "calibrate", lambda seconds: pytest.fail("it measures"))
+    running.open(requests(1, max_tokens=20)[0], local=False)
+    for _ in range(5):
+        running.turn()
+
+
+@pytest.mark.parametrize("mode", ["disabled", "static"])
+def test_only_auto_calibrates(gpu, cache_folder, mode):
+    running = engine(gpu, **{**STATIC, "decode_pipeline": mode, "max_num_seqs": 32})
+    for _ in range(50):
+        running.turn()
+    assert not cache_folder.exists()
+
+
+def test_a_measurement_that_fails_leaves_steps_sequential_and_says_why(gpu, monkeypatch):
+    def fails(*args, **options):
+        raise RuntimeError("CUDA error: out of memory\nCompile with ...")
+
+    running = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
+    monkeypatch.setattr(StageMeasuring, "stage", fails)
+    for _ in range(20):
+        running.turn()
+    stats = running.pipeline.stats()
+    assert (stats.fallback_reason, stats.fallback_detail) == ("CALIBRATION_FAILED", "CUDA error: out of memory")

@@ -28,6 +28,7 @@ class FakeGpu:
 
     def __init__(self, num_sms=132):
         self.num_sms = num_sms
+        self.version = "13.0"
         self.events = []
         # Of contexts and streams that live; the SMs of each.
         self.contexts = {}

@@ -104,6 +104,9 @@ class RememberingPipeline:
     def record_step(self, seconds, num_tokens):
         pass
 
+    def calibrate(self, seconds):
+        pass
+
 
 class KeptSteps:
     """In place of the thread that waits for tokens: they come when `land` is called."""
