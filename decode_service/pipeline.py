@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.errors import FailedPrecondition
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # With profiling, the stages of one step in so many are timed.
 PROFILE_EVERY = 32
+# Of the pipelined steps, the first and then one in so many is computed without lanes as well and compared.
+CHECK_EVERY = 4096
 
 
 class Ask(NamedTuple):
@@ -82,6 +85,8 @@ class _Launched(NamedTuple):
     # None: nobody chose, or the choice could not be followed.
     run: Run | None
     way: Way
+    # On the device: whether it had the bits of the same step without lanes. None: not checked.
+    is_exact: Tensor | None
 
 
 class PipelineScheduler:
@@ -121,6 +126,7 @@ class PipelineScheduler:
         # Of the last step that was launched.
         self._cell: Cell | None = None
         self._until_profile = 1
+        self._until_check = 1
         # Not recorded yet, oldest first.
         self._launched: deque[_Launched] = deque()
         try:
@@ -146,15 +152,16 @@ class PipelineScheduler:
         if not self._runner.is_ready(way):
             self._prepare(way, batch, finish)
             way, run = plain, self._instead(run)
+        reference = self._reference(way, batch)
         try:
             logits = self._runner.run(way, batch, finish)
         except NoWay as error:
             if way == plain:
                 raise
             self._fall_back(error)
-            way, run = plain, None
+            way, run, reference = plain, None, None
             logits = self._runner.run(way, batch, finish)
-        self._launched.append(_Launched(run, way))
+        self._launched.append(_Launched(run, way, None if reference is None else _have_same_bits(logits, reference)))
         return logits
 
     def warm_up(self, batch: ForwardBatch, finish: Finish) -> None:
@@ -171,8 +178,10 @@ class PipelineScheduler:
 
     def record_step(self, seconds: float, num_tokens: int) -> None:
         """The oldest launched step has ended."""
-        run, way = self._launched.popleft()
+        run, way, is_exact = self._launched.popleft()
         self._statistics.add_step(seconds, num_tokens, is_pipelined=way.arrangement is not None)
+        if is_exact is not None and not bool(is_exact):
+            self._fall_back(NoWay("INEXACT", f"a step in {way.arrangement} differed from the same step without lanes"))
         busy_s = None
         if way.profiled:
             order, spans = self._runner.order(way), self._runner.spans(way)
@@ -326,6 +335,20 @@ class PipelineScheduler:
         self._until_profile = PROFILE_EVERY
         return True
 
+    def _reference(self, way: Way, batch: ForwardBatch) -> tuple[Tensor, ...] | None:
+        """What this step has to give, if it is one to be checked."""
+        if way.arrangement is None:
+            return None
+        self._until_check -= 1
+        if self._until_check:
+            return None
+        self._until_check = CHECK_EVERY
+        try:
+            return self._runner.reference(way, batch)
+        except torch.OutOfMemoryError:
+            log.warning("a pipelined step of %d rows is not checked: there is no memory for another one", way.num_rows)
+            return None
+
     def _prepare(self, way: Way, batch: ForwardBatch, finish: Finish) -> None:
         try:
             self._runner.prepare(way, batch, finish)
@@ -343,3 +366,11 @@ class PipelineScheduler:
         self._fallback = error
         self._policy = None
         self._runner.forget()
+
+
+def _have_same_bits(logits: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Tensor:
+    """As a tensor on their device, so that nobody waits for it."""
+    same = [
+        (one.view(torch.int32) == other.view(torch.int32)).all() for one, other in zip(logits, reference, strict=True)
+    ]
+    return torch.stack(same).all()

@@ -21,7 +21,7 @@ from common.model.qwen3 import Qwen3ForCausalLM
 from decode_service.arrangements import Arrangement
 from decode_service.green_manager import GreenManager
 from decode_service.pipeline_order import Cut, Lane, Order, Span, Stage, order
-from decode_service.pipelined_step import Finish, each_stage, untimed
+from decode_service.pipelined_step import Finish, each_stage, no_finish, untimed
 from decode_service.sm_pairs import SmPair
 from decode_service.stage_clock import StageClock, stage_clock
 
@@ -136,6 +136,16 @@ class StepRunner:
             raise NoWay("REPLAY_FAILED", str(error).partition("\n")[0]) from error
         return entry.logits
 
+    def reference(self, way: Way, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        """The logits that a pipelined way has to give for this step, from the same kernels, one stage after the other.
+
+        Nothing is drawn, and the keys and values that it writes are those of the step.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for them beside what serving needs.
+        """
+        return self._compute(way, batch, no_finish, in_lanes=False)
+
     def spans(self, way: Way) -> dict[Stage, Span]:
         """When each stage of the last step of a profiled way began and ended; once that step has ended."""
         return self._clocks[way].spans()
@@ -179,8 +189,8 @@ class StepRunner:
         while self.graph_bytes > self._max_graph_bytes and len(arranged) > 1:
             del self._graphs[arranged.pop(0)]
 
-    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish) -> tuple[Tensor, ...]:
-        stages = self._stages(way, batch, finish)
+    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> tuple[Tensor, ...]:
+        stages = self._stages(way, batch, finish, in_lanes=in_lanes)
         while True:
             try:
                 next(stages)
@@ -188,10 +198,10 @@ class StepRunner:
                 logits: tuple[Tensor, ...] = end.value
                 return logits
 
-    def _stages(self, way: Way, batch: ForwardBatch, finish: Finish) -> Any:
+    def _stages(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> Any:
         pair = self.pair(way.arrangement.attention_sm, way.arrangement.ffn_sm) if way.arrangement else None
         around = untimed
-        if way.profiled:
+        if way.profiled and in_lanes:
             self._clocks.setdefault(way, stage_clock(self._cache.device))
             around = self._clocks[way].around
         return each_stage(
@@ -201,7 +211,9 @@ class StepRunner:
             self.order(way),
             finish=finish,
             # On a CPU the lanes take turns.
-            streams={Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn} if pair and self._is_cuda else None,
+            streams={Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
+            if pair and in_lanes and self._is_cuda
+            else None,
             attention_sm=pair.attention_sm if pair else None,
             around=around,
         )

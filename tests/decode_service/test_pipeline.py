@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from common.errors import FailedPrecondition
 from decode_service.decisions import Mode
@@ -162,6 +163,35 @@ def test_a_pipelined_step_that_fails_is_computed_sequentially(gpu, monkeypatch, 
     stats = running.pipeline.stats()
     assert (stats.active, stats.num_pipelined_steps) == (False, 0)
     assert (stats.fallback_reason, stats.fallback_detail) == (reason, "CUDA error: out of memory")
+
+
+def test_a_pipelined_step_with_other_bits_is_the_last_one(gpu, monkeypatch):
+    running = engine(gpu, **STATIC)
+    runner = running.pipeline._runner
+    compute = runner.run
+
+    def run(way, batch, finish):
+        logits = compute(way, batch, finish)
+        if way.arrangement is not None:
+            logits[1].view(torch.int32)[0, 7] ^= 1
+        return logits
+
+    monkeypatch.setattr(runner, "run", run)
+    running.run_all(requests(4))
+    stats = running.pipeline.stats()
+    assert (stats.active, stats.fallback_reason, stats.num_pipelined_steps) == (False, "INEXACT", 1)
+    assert "layer 64:68" in stats.fallback_detail
+
+
+def test_a_check_without_memory_is_left_out(gpu, monkeypatch, caplog):
+    def reference(way, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    running = engine(gpu, **STATIC)
+    monkeypatch.setattr(running.pipeline._runner, "reference", reference)
+    running.run_all(requests(4))
+    assert running.pipeline.stats().num_pipelined_steps > 1
+    assert "not checked" in caplog.text
 
 
 def test_what_fell_back_is_tried_again_once_it_is_configured(gpu, monkeypatch):
