@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,11 @@ class Timed:
     ideal_s: float | None = None
     # Estimated of the whole model.
     whole_s: float | None = None
-    # Its logits are, to the bit, those of the same micro-batches one after the other.
+    # Its logits are, to the bit, those of the same micro-batches one after the other, on the whole device.
     same_bits: bool | None = None
+    # Asked only if they are not: those of each micro-batch alone on the same partitions. If these are the same, it is
+    # the library that computes a product otherwise on fewer SMs; if not, stages did not wait for one another.
+    same_bits_alone: bool | None = None
     # Share of rows with the same token as in the sequential step of the whole batch, which rounds differently.
     same_tokens: float | None = None
 
@@ -91,12 +95,15 @@ def measure_cell(device: Device, workload: Workload, cell: Cell, *, whole_layers
     for candidate, step_s in zip(chosen, seconds[2:], strict=True):
         parts, share = _tokens_of(device, workload, replays.pop(), tokens_S)
         pair, stages = candidate.pair, times[candidate.cut]
+        reference = workload.step(batch, workload.order(candidate.cut, 2), attention_sm=pair.attention_sm)()
+        same_bits = same(parts, reference)
+        del reference
+        same_bits_alone = None if same_bits else same(parts, _alone(device, workload, batch, candidate))
         # A step over its prediction stays the same with more layers, which the prediction has.
         predicted_s, whole_s = (
             known[candidate.cut].makespan(pair.attention_sm, pair.ffn_sm, overlaps=pair.partitioned)
             for known in (times, whole)
         )
-        reference = workload.step(batch, workload.order(candidate.cut, 2), attention_sm=pair.attention_sm)()
         rows.append(
             Timed(
                 candidate.name,
@@ -106,11 +113,12 @@ def measure_cell(device: Device, workload: Workload, cell: Cell, *, whole_layers
                 predicted_s=predicted_s if pair.partitioned else None,
                 ideal_s=max(stages.busy(pair.attention_sm, pair.ffn_sm).values()),
                 whole_s=step_s / predicted_s * whole_s,
-                same_bits=same(parts, reference),
+                same_bits=same_bits,
+                same_bits_alone=same_bits_alone,
                 same_tokens=share,
             )
         )
-        del parts, reference
+        del parts
         device.release()
     return rows
 
@@ -205,6 +213,16 @@ def same(parts: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
         for part, other in zip(parts, others, strict=True)
         for rows, other_rows in zip(part.split(256), other.split(256), strict=True)
     )
+
+
+def _alone(device: Device, workload: Workload, batch: ForwardBatch, candidate: Candidate) -> list[Tensor]:
+    """The logits of each micro-batch, computed on the candidate's partitions with nothing beside it."""
+    order, rows = workload.order(candidate.cut, 1), bounds(batch.num_seqs, 2)
+    parts: list[Tensor] = []
+    for first, end in itertools.pairwise(rows):
+        parts += workload.step(batch.part(first, end), order, pair=candidate.pair)()
+        device.wait()
+    return parts
 
 
 def _tokens_of(
