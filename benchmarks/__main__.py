@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import PIPELINE_SHAPES, SHAPES
 
 ON_CPU = ("versus_transformers", "handover", "kv_transport", "router_cost", "memory_growth")
 ON_GPU = (
@@ -30,11 +30,19 @@ ON_GPU = (
     "overlap_trace",
     "attention",
     "step_profile",
+    "decode_pipeline",
+    "pipeline_trace",
     "summary",
 )
 NAMES = ON_CPU + ON_GPU
-# Those that are told a model.
-OF_MODELS = ("decode_step", "prefill", "attention", "step_profile")
+# Those that are told a model, and the models that they measure.
+OF_MODELS = {
+    "decode_step": tuple(SHAPES),
+    "prefill": tuple(SHAPES),
+    "attention": tuple(SHAPES),
+    "step_profile": tuple(SHAPES),
+    "decode_pipeline": tuple(PIPELINE_SHAPES),
+}
 
 
 def plan(arguments: Sequence[str], *, has_gpu: bool) -> list[tuple[str, ...]]:
@@ -47,12 +55,18 @@ def plan(arguments: Sequence[str], *, has_gpu: bool) -> list[tuple[str, ...]]:
     names, rest = arguments[:num_names], arguments[num_names:]
     if rest and not names:
         raise SystemExit(f"no benchmark {rest[0]!r}; there are: {', '.join(NAMES)}")
-    models = [word for word in rest if word in SHAPES]
-    others = [word for word in rest if word not in SHAPES]
+    # What follows an option is its value.
+    is_model = [
+        word in PIPELINE_SHAPES and not before.startswith("--") for before, word in zip(["", *rest], rest, strict=False)
+    ]
+    models = [word for word, chosen in zip(rest, is_model, strict=True) if chosen]
+    others = [word for word, chosen in zip(rest, is_model, strict=True) if not chosen]
     runs: list[tuple[str, ...]] = []
     for name in names or (ON_GPU if has_gpu else ON_CPU):
         if name in OF_MODELS:
-            runs += [(name, model, *others) for model in models or SHAPES]
+            if unknown := [model for model in models if model not in OF_MODELS[name]]:
+                raise SystemExit(f"{name} does not measure {', '.join(unknown)}")
+            runs += [(name, model, *others) for model in models or OF_MODELS[name]]
         elif models:
             raise SystemExit(f"{name} is not told a model; those that are: {', '.join(OF_MODELS)}")
         else:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = (
@@ -38,7 +39,7 @@ class Report:
     title: str
     # The one model that this run measured, where the benchmark has several; it has results of its own.
     model: str = field(default="", kw_only=True)
-    rows: list[dict[str, object]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, **row: object) -> None:
@@ -49,14 +50,23 @@ class Report:
         """Writes benchmarks/results/<hardware>-<name>[-<model>].{json,md}; a later run there replaces it."""
         setting = environment()
         RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / "-".join(filter(None, (str(setting["slug"]), self.name, self.model.lower())))
         content = {"name": self.name, "title": self.title, **setting, "rows": self.rows, "notes": self.notes}
-        # Not with_suffix: a model's name has a dot.
-        Path(f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
-        path = Path(f"{stem}.md")
+        self.path("json").write_text(json.dumps(content, indent=2) + "\n")
+        path = self.path("md")
         path.write_text(self._markdown(setting))
         print(f"  kept in {path.relative_to(RESULTS.parent.parent)}", flush=True)
         return path
+
+    def kept_rows(self) -> list[dict[str, Any]]:
+        """Of an earlier run on this hardware, for one that goes on with them; none if there was none."""
+        path = self.path("json")
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def path(self, suffix: str) -> Path:
+        """Of a file that belongs to this result."""
+        # Not with_suffix: a model's name has a dot.
+        slug, _ = _gpu() or _cpu()
+        return RESULTS / f"{'-'.join(filter(None, (slug, self.name, self.model.lower())))}.{suffix}"
 
     def _markdown(self, setting: Mapping[str, object]) -> str:
         facts = [f"- {key}: {value}" for key, value in setting.items() if key != "slug"]

@@ -86,6 +86,10 @@ SHAPES = {
     "0.6B": Shape(name="Qwen3-0.6B", num_layers=28, hidden_size=1024, intermediate_size=3072, num_heads=16, tied=True),
     "8B": Shape(name="Qwen3-8B", num_layers=36, hidden_size=4096, intermediate_size=12288, num_heads=32, tied=False),
 }
+# Those that the attention/FFN pipeline is measured on, a few layers of each: the largest leaves little room as a whole.
+PIPELINE_SHAPES = SHAPES | {
+    "32B": Shape(name="Qwen3-32B", num_layers=64, hidden_size=5120, intermediate_size=25600, num_heads=64, tied=False)
+}
 # The bundled model's, which has weights of its own.
 TINY = Shape(
     name="tiny",

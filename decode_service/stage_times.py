@@ -48,11 +48,16 @@ class StageTimes:
             self._makespans[key] = spans.makespan_s if overlaps else total
         return self._makespans[key]
 
+    def busy(self, attention_sm: int, ffn_sm: int) -> dict[Lane, float]:
+        """How long each lane would be busy in a step, by what was measured alone."""
+        alone = self._timeline(attention_sm, ffn_sm, dict.fromkeys(Lane, 1.0))
+        return {lane: alone.busy_s(lane) for lane in Lane}
+
     def add_busy(self, attention_sm: int, ffn_sm: int, busy: Mapping[Lane, float]) -> None:
         """A step was measured in which the lanes were busy for so long."""
-        alone = self._timeline(attention_sm, ffn_sm, dict.fromkeys(Lane, 1.0))
+        alone = self.busy(attention_sm, ffn_sm)
         for lane, samples in self._samples.items():
-            samples[:] = [*samples[1 - NUM_SAMPLES :], busy[lane] / alone.busy_s(lane)]
+            samples[:] = [*samples[1 - NUM_SAMPLES :], busy[lane] / alone[lane]]
         if self.is_sampled:
             for lane, samples in self._samples.items():
                 self._scales[lane].add(statistics.median(samples))

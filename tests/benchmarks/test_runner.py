@@ -23,6 +23,17 @@ def test_models_among_the_arguments_choose():
     assert plan(["attention", "8B", "decoding"], has_gpu=True) == [("attention", "8B", "decoding")]
 
 
+def test_the_pipeline_has_a_model_more_than_the_others():
+    assert [model for _, model in plan(["decode_pipeline"], has_gpu=True)] == ["0.6B", "8B", "32B"]
+    with pytest.raises(SystemExit, match="decode_step does not measure 32B"):
+        plan(["decode_step", "32B"], has_gpu=True)
+
+
+def test_what_follows_an_option_is_its_value():
+    arguments = ["pipeline_trace", "--model", "8B", "--layers", "6"]
+    assert plan(arguments, has_gpu=True) == [tuple(arguments)]
+
+
 def test_other_arguments_reach_every_benchmark_named():
     arguments = ["kv_transport", "kv_transport_gpu", "--rounds", "3"]
     assert plan(arguments, has_gpu=True) == [

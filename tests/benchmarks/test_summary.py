@@ -100,6 +100,11 @@ def test_every_kind_of_result_has_its_lines(tmp_path, keep):
     keep("determinism-cost", [{"model": "M", "batch": 1, "deterministic_ms": 2.0, "ratio": 1.5}])
     apart = {"first_divergence_min": 3, "first_divergence_median": 10.5, "must_be_identical": False}
     keep("agreement", [{"what": "ours", "identical": 60, "prompts": 64, "tokens": 64} | apart])
+    step = {"model": "Qwen3-8B", "context": 1024, "what": "attention-core 64:68", "pipelined": True}
+    pipelined = [
+        step | {"batch": batch, "ms": ms, "gain": 5 / ms} for batch, ms in ((256, 4.0), (512, 5.0), (512, 6.0))
+    ]
+    keep("decode-pipeline-8b", pipelined)
     rows = summary.summary(summary.load(tmp_path, "some-gpu"))
     measured = {row["what"]: (row["measured"], row["outcome"]) for row in rows if row["commit"]}
     assert measured == {
@@ -116,5 +121,9 @@ def test_every_kind_of_result_has_its_lines(tmp_path, keep):
         "greedy tokens, ours": (
             "60 of 64 prompts alike in all 64 tokens; the others until token 3 at the earliest, median 10.5",
             "",
+        ),
+        "attention/FFN pipeline, Qwen3-8B, best of 1 cell: batch 512, context 1,024, attention-core 64:68": (
+            "1 × as fast as the sequential step",
+            "missed by 9.1 %",
         ),
     }

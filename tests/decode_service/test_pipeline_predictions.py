@@ -55,6 +55,12 @@ def test_lanes_that_share_all_sms_promise_no_overlap():
     assert predictions_of(model).share(Arrangement(Cut.LAYER, 132, 132)) >= 1
 
 
+def test_a_lane_is_busy_for_the_stages_of_both_micro_batches_its_first_and_last_among_them():
+    attention = StageTime(Cut.LAYER, Lane.ATTENTION, 64, 2.0, first_s=3.0)
+    stages = StageTimes(Cut.LAYER, 3, [attention, StageTime(Cut.LAYER, Lane.FFN, 68, 1.0, last_s=5.0)])
+    assert stages.busy(64, 68) == {Lane.ATTENTION: 2 * (3 + 2 + 2), Lane.FFN: 2 * (1 + 1 + 5)}
+
+
 def test_without_stage_times_only_measured_steps_are_predicted():
     predictions = Predictions(ARRANGEMENTS, 16, None)
     assert predictions.share(PAIR) is None
