@@ -163,7 +163,7 @@ class HostDevice:
         if min(attention_sm, ffn_sm) >= self.num_sms:
             return Pair(self.num_sms, self.num_sms, False, None)
         granted = next(split for split in self.splits if split >= attention_sm)
-        return Pair(granted, self.num_sms - granted, True, None)
+        return Pair(granted, min(ffn_sm, self.num_sms - granted), True, None)
 
     def captured(self, step: Replay) -> Replay:
         step()

@@ -115,7 +115,8 @@ class _Arrivals:
 
     def _cut(self, count: int) -> Tensor:
         first, self._num_taken = self._num_taken, self._num_taken + triton.cdiv(count, 4) * 4
-        assert self._num_taken <= self._CAPACITY, "too many split products in captured graphs"
+        if self._num_taken > self._CAPACITY:
+            raise RuntimeError("too many split products in captured graphs")
         return self._zeros[first : first + count]
 
 

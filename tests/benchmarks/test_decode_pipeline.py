@@ -122,7 +122,7 @@ def test_the_pairs_with_the_shortest_predicted_steps_are_measured():
 
 def test_the_fixed_pair_and_two_plain_streams_are_measured_of_both_cuts():
     chosen = list(candidates(HostDevice(), {cut: stages_of(cut) for cut in Cut}))
-    assert [one.name for one in chosen if one.asked == "16:16"] == ["layer 16:116", "attention-core 16:116"]
+    assert [one.name for one in chosen if one.asked == "16:16"] == ["layer 16:16", "attention-core 16:16"]
     assert [one.name for one in chosen if not one.pair.partitioned] == [
         "layer, plain streams",
         "attention-core, plain streams",
