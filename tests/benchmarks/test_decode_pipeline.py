@@ -175,7 +175,7 @@ def test_every_step_of_a_cell_runs_on_a_cpu_with_the_same_bits(monkeypatch):
     monkeypatch.setattr(pipeline_cell, "SOLO_REPEATS", 1)
     rows = measure_on_cpu(Cell(9, 20))
     assert [row["what"] for row in rows[:2]] == ["sequential", "two micro-batches"]
-    assert len(rows) == 10
+    assert len(rows) == 12
     assert all(row["same_bits"] for row in rows if row["pipelined"])
     assert all(row["same_tokens"] == 1 for row in rows[1:])
     assert all(row["ms"] > 0 and row["over_ideal"] > 0 and row["whole_model_gain"] > 0 for row in rows[2:])
