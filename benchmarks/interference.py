@@ -22,7 +22,7 @@ import torch
 import uvloop
 
 from benchmarks.kv_transport import Servicer
-from benchmarks.offline import OfflineEngine, make_sequence, random_prompt
+from benchmarks.offline import OfflineEngine, make_sequence, one_by_one, random_prompt
 from benchmarks.report import Report
 from benchmarks.shapes import SHAPES, Shape
 from common import rpc
@@ -34,7 +34,7 @@ from common.transport.checksum import warm_up
 from common.transport.messages import AttemptKey, AttemptOutcome, Commit, PairIdentity, TransferStatus
 from common.transport.sending import SendingPair
 from common.transport.transports import Transports
-from decode_service.engine import Completed, Lost, Reserved, Token
+from decode_service.engine import Completed, Event, Lost, Reserved, Token
 from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2_grpc
 from prefill_service.pairs import PairRegistry
@@ -96,12 +96,13 @@ class WatchedEngine(OfflineEngine):
                 if whose is sequence and isinstance(event, kind):
                     return event
 
-    def _on_events(self, events: list[tuple[Sequence, object]]) -> None:
+    def _on_events(self, events: dict[Sequence, list[Event]]) -> None:
         now = time.perf_counter()
-        if any(sequence in self.steady and isinstance(event, Token) for sequence, event in events):
+        entries = one_by_one(events)
+        if any(sequence in self.steady and isinstance(event, int | Token) for sequence, event in entries):
             self.moments.append(now)
         # Steady tokens would keep the event loop busy, which takes the interpreter from the engine.
-        told = [entry for entry in events if entry[0] not in self.steady or not isinstance(entry[1], Token)]
+        told = [entry for entry in entries if entry[0] not in self.steady or not isinstance(entry[1], int | Token)]
         if told:
             self._loop.call_soon_threadsafe(self._tell, told)
 

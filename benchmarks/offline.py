@@ -18,7 +18,7 @@ from common.metrics import DecodeMetrics
 from common.params import SamplingParams, StoppingParams
 from common.sequence import Request, Sequence
 from decode_service.assembly import make_engine, prepare
-from decode_service.engine import Completed, Lost, Token
+from decode_service.engine import Completed, Event, Lost, Token
 
 
 class OfflineEngine:
@@ -111,11 +111,11 @@ class OfflineEngine:
             self._opened_s[sequence] = time.monotonic()
             self.engine.open(sequence, local=True)
 
-    def _on_events(self, events: list[tuple[Sequence, object]]) -> None:
+    def _on_events(self, events: dict[Sequence, list[Event]]) -> None:
         now = time.monotonic()
         num_tokens = 0
-        for sequence, event in events:
-            if isinstance(event, Token):
+        for sequence, event in one_by_one(events):
+            if isinstance(event, int | Token):
                 num_tokens += 1
                 self._first_token_s.setdefault(sequence, now)
             elif isinstance(event, Completed):
@@ -130,6 +130,11 @@ class OfflineEngine:
 
     def _crashed(self, error: BaseException) -> None:
         raise error
+
+
+def one_by_one(events: dict[Sequence, list[Event]]) -> list[tuple[Sequence, Event]]:
+    """Each with the sequence that it happened to."""
+    return [(sequence, event) for sequence, of_sequence in events.items() for event in of_sequence]
 
 
 def make_sequence(prompt: Seq[int], num_tokens: int) -> Sequence:

@@ -55,8 +55,9 @@ class DeviceStep:
             for row, logprob in self._logprobs.unpack(self._host_logprobs.tolist()).items():
                 logprobs[row] = logprob
         sampled = SampledBatch(token_ids, logprobs)
-        faulty = tuple(row for row, score in enumerate(scores) if not math.isfinite(score))
-        if faulty:
+        # float32 values are too small for their sum to overflow.
+        if not math.isfinite(sum(scores)):
+            faulty = tuple(row for row, score in enumerate(scores) if not math.isfinite(score))
             raise NonFiniteLogits(faulty, sampled)
         return sampled
 
@@ -156,14 +157,13 @@ class DeviceRunner:
         for reservation in [r for r in reversed(self._order) if r not in staying]:
             self._remove(reservation)
         self._left.clear()
-        for row, reservation in enumerate(self._order):
+        for row, (reservation, num_blocks) in enumerate(zip(self._order, self._num_blocks, strict=True)):
             table = reservation.sequence.block_table
-            if len(table) != self._num_blocks[row]:
-                self._rows.grow(row, table, self._num_blocks[row], _position(reservation))
+            if len(table) != num_blocks:
+                self._rows.grow(row, table, num_blocks, reservation.next_position)
                 self._num_blocks[row] = len(table)
-        for reservation in decoding:
-            if reservation not in self._row_of:
-                self._append(reservation)
+        for reservation in [r for r in decoding if r not in self._row_of]:
+            self._append(reservation)
         if self._special and self._special_rows is None:
             rows = [self._row_of[reservation] for reservation in self._special]
             self._special_rows = SpecialRows(self._state, rows, list(self._special.values()))
@@ -176,7 +176,7 @@ class DeviceRunner:
             add_to_state(self._state, reservation.slot, sequence)
             self._special[reservation] = reservation.slot
             self._special_rows = None
-        self._rows.put(row, sequence, position=_position(reservation), stops_here=not special)
+        self._rows.put(row, sequence, position=reservation.next_position, stops_here=not special)
         self._order.append(reservation)
         self._row_of[reservation] = row
         self._num_blocks.append(len(sequence.block_table))
@@ -188,7 +188,7 @@ class DeviceRunner:
         self._num_blocks.pop()
         if last is not reservation:
             special = last in self._special
-            self._rows.move(len(self._order), row, last.sequence, position=_position(last), stops_here=not special)
+            self._rows.move(len(self._order), row, last.sequence, position=last.next_position, stops_here=not special)
             self._order[row], self._row_of[last] = last, row
             self._num_blocks[row] = len(last.sequence.block_table)
         self._rows.clear(len(self._order))
@@ -196,11 +196,6 @@ class DeviceRunner:
             self._state.remove(self._special.pop(reservation))
         # The rows of those that remain may have changed.
         self._special_rows = None
-
-
-def _position(reservation: Reservation) -> int:
-    """Of the newest token: what the next step computes."""
-    return reservation.sequence.num_computed + reservation.num_in_flight
 
 
 def _to_host(values: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Lost(NamedTuple):
 
 
 class Token(NamedTuple):
+    """A token and what is told with it. Most come as their id alone: one is made for every row of every step."""
+
     token_id: int
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -70,9 +72,9 @@ CALIBRATE_S = 0.02
 # A sequence's first tokens never gather: somebody waits for them.
 FIRST_TOKENS = 2
 
-Event = Reserved | Lost | Token | Completed | PdserveError
+Event = Reserved | Lost | int | Token | Completed | PdserveError
 # Called from the engine thread, at most once a turn, with what is due; the events of a sequence in order.
-OnEvents = Callable[[list[tuple[Sequence, Event]]], None]
+OnEvents = Callable[[dict[Sequence, list[Event]]], None]
 
 
 class DecodeEngine(EngineLoop):
@@ -284,8 +286,7 @@ class DecodeEngine(EngineLoop):
     def _launch(self, decoding: list[Reservation]) -> None:
         launched_s = self._clock()
         step = self.runner.launch(decoding)
-        for reservation in decoding:
-            self.scheduler.launched(reservation)
+        self.scheduler.launched(decoding)
         self.num_in_flight += 1
         if self._reader is None:
             self._land(step, launched_s)
@@ -309,39 +310,43 @@ class DecodeEngine(EngineLoop):
         seconds = now - max(launched_s, self._landed_s)
         self._landed_s = now
         self._step_timer.record(seconds)
-        # Ended or preempted since it was launched: the token is nobody's.
-        num_tokens = sum(_is_running(reservation, attempt) for reservation, attempt in step.rows)
-        self.pipeline.record_step(seconds, num_tokens)
-        self._metrics.step_s.observe(seconds)
-        self._metrics.batch_size.observe(len(step.rows))
-        self._metrics.output_tokens.inc(num_tokens)
         for row in faulty:
             reservation, attempt = step.rows[row]
-            if _is_running(reservation, attempt):
-                error_ = Internal("the model's logits hold NaN or infinity", reason="NON_FINITE_LOGITS")
-                self._fail(reservation, error_)
-        for (reservation, attempt), token_id, logprob in zip(
-            step.rows, sampled.token_ids, sampled.logprobs, strict=True
-        ):
-            if not _is_running(reservation, attempt):
-                continue
+            if reservation.is_running(attempt):
+                self._fail(reservation, Internal("the model's logits hold NaN or infinity", reason="NON_FINITE_LOGITS"))
+        # Ended or preempted since it was launched: the token is nobody's.
+        landed = [
+            (reservation, token_id, logprob)
+            for (reservation, attempt), token_id, logprob in zip(
+                step.rows, sampled.token_ids, sampled.logprobs, strict=True
+            )
+            if reservation.is_running(attempt)
+        ]
+        self.pipeline.record_step(seconds, len(landed))
+        self._metrics.step_s.observe(seconds)
+        self._metrics.batch_size.observe(len(step.rows))
+        self._metrics.output_tokens.inc(len(landed))
+        for reservation, token_id, logprob in landed:
             self.scheduler.advance(reservation, token_id)
             if not reservation.first_decode_ms:
                 reservation.first_decode_ms = (now - reservation.committed_s) * 1e3
                 self._metrics.first_step_s.observe(reservation.first_decode_ms / 1e3)
-            self._put_out(reservation, Token(token_id, logprob))
+            self._put_out(reservation, token_id if logprob is None else Token(token_id, logprob))
 
     def _join(self, reservation: Reservation, first_token: FirstToken) -> None:
         self.scheduler.commit(reservation, first_token.token_id)
         self._put_out(reservation, Token(*first_token))
 
-    def _put_out(self, reservation: Reservation, token: Token) -> None:
+    def _put_out(self, reservation: Reservation, token: int | Token) -> None:
+        """The newest token of a sequence."""
         sequence = reservation.sequence
-        self._outbox.put(sequence, token, can_wait=sequence.num_output_tokens > FIRST_TOKENS)
-        stopping = sequence.request.stopping
-        if token.token_id in sequence.stop_token_ids and sequence.num_output_tokens >= max(stopping.min_tokens, 1):
-            self._complete(reservation, by_length=False, stop_token_id=token.token_id)
-        elif sequence.num_output_tokens >= stopping.max_tokens or sequence.num_tokens >= self.scheduler.context_length:
+        token_ids, request = sequence.token_ids, sequence.request
+        token_id = token_ids[-1]
+        num_output_tokens = len(token_ids) - request.num_prompt_tokens
+        self._outbox.put(sequence, token, can_wait=num_output_tokens > FIRST_TOKENS)
+        if token_id in sequence.stop_token_ids and num_output_tokens >= request.stopping.min_tokens:
+            self._complete(reservation, by_length=False, stop_token_id=token_id)
+        elif len(token_ids) >= reservation.most_tokens:
             self._complete(reservation, by_length=True, stop_token_id=None)
 
     def _complete(self, reservation: Reservation, *, by_length: bool, stop_token_id: int | None) -> None:
@@ -442,7 +447,3 @@ class DecodeEngine(EngineLoop):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
                 self._outbox.put(reservation.sequence, Lost(reservation.attempt, False, reason))
-
-
-def _is_running(reservation: Reservation, attempt: int) -> bool:
-    return reservation.state is State.RUNNING and reservation.attempt == attempt

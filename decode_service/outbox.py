@@ -8,6 +8,7 @@ has gathered and nothing else: at some hundred streams there is always one that 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -21,19 +22,19 @@ class Outbox(Generic[Stream, Event]):
     """Belongs to the engine's thread. A stream's events leave in their order."""
 
     def __init__(
-        self, deliver: Callable[[list[tuple[Stream, Event]]], None], *, interval_s: float, rate: float, clock: Clock
+        self, deliver: Callable[[dict[Stream, list[Event]]], None], *, interval_s: float, rate: float, clock: Clock
     ) -> None:
         """`interval_s`: what gathers leaves at most this often. `rate`: and in at most so many messages a second."""
         self._deliver = deliver
         self._interval_s = interval_s
         self._rate = rate
         self._clock = clock
-        self._gathered: dict[Stream, list[Event]] = {}
+        self._gathered: defaultdict[Stream, list[Event]] = defaultdict(list)
         self._urgent: set[Stream] = set()
         self._emptied_s = 0.0
 
     def put(self, stream: Stream, event: Event, *, can_wait: bool = False) -> None:
-        self._gathered.setdefault(stream, []).append(event)
+        self._gathered[stream].append(event)
         if not can_wait:
             self._urgent.add(stream)
 
@@ -42,12 +43,13 @@ class Outbox(Generic[Stream, Event]):
         if not self._gathered:
             return
         now = self._clock()
+        due: dict[Stream, list[Event]]
         if now - self._emptied_s >= max(self._interval_s, len(self._gathered) / self._rate):
-            due, self._gathered = self._gathered, {}
+            due, self._gathered = self._gathered, defaultdict(list)
             self._emptied_s = now
         elif self._urgent:
             due = {stream: self._gathered.pop(stream) for stream in self._urgent}
         else:
             return
         self._urgent.clear()
-        self._deliver([(stream, event) for stream, events in due.items() for event in events])
+        self._deliver(due)

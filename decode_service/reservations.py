@@ -30,6 +30,10 @@ class State(Enum):
     ENDED = "ended"
 
 
+# Asked of every row of every step, and finding a member of an Enum takes Python 3.11 longer than all else there.
+_RUNNING = State.RUNNING
+
+
 class Verdict(Enum):
     """KV's way into a reservation, as the final message names it."""
 
@@ -51,6 +55,8 @@ class Reservation:
     # When waiting for blocks (again) began, and until when it may last.
     queued_s: float
     wait_until_s: float
+    # Tokens at which it ends at the latest, those of the prompt among them.
+    most_tokens: int
     state: State = State.WAITING
     # 0: none minted yet.
     attempt: int = 0
@@ -72,12 +78,20 @@ class Reservation:
     first_decode_ms: float = 0.0
     # Slot in the sampling state while running.
     slot: int = -1
-    # Steps that have been launched and not read: tokens that the host does not know yet.
-    num_in_flight: int = 0
+    # What its next step computes, while running: beyond the computed ones by the steps in flight.
+    next_position: int = 0
 
     @property
     def key(self) -> AttemptKey:
         return AttemptKey(self.id, self.attempt)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have been launched and not read: tokens that the host does not know yet. Of a running one."""
+        return self.next_position - self.sequence.num_computed
+
+    def is_running(self, attempt: int) -> bool:
+        return self.state is _RUNNING and self.attempt == attempt
 
     @property
     def kv_path(self) -> Verdict:
@@ -90,7 +104,6 @@ class Reservation:
     def begin_attempt(self) -> None:
         """Mints the next attempt; whatever the last one was doing is fenced off from here on."""
         self.attempt += 1
-        self.num_in_flight = 0
         self.state = State.FILLING
         self.pair_id = None
         self.landed = set()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class DecodeScheduler:
     _free_slots: list[int] = field(default_factory=list)
     _ids: itertools.count = field(default_factory=lambda: itertools.count(1))
     num_preemptions: int = 0
+    # Nobody gives up waiting or runs out of time before.
+    _next_expiry_s: float = float("inf")
 
     def __post_init__(self) -> None:
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
@@ -80,9 +83,7 @@ class DecodeScheduler:
     @property
     def can_step(self) -> bool:
         """A step would compute something."""
-        return any(map(self._wants_step, self._running.values())) or any(
-            reservation.local for reservation in self._filling.values()
-        )
+        return any(self._wanting()) or any(reservation.local for reservation in self._filling.values())
 
     def open(self, sequence: Sequence, *, local: bool) -> Reservation:
         """Queues a new reservation.
@@ -105,11 +106,13 @@ class DecodeScheduler:
                 f"{self.max_waiting} reservations are waiting at this decode worker (max_waiting_requests)"
             )
         now = self.clock()
-        reservation = Reservation(next(self._ids), sequence, local, now, now, now + self.reservation_wait_s)
+        most_tokens = min(longest, self.context_length)
+        wait_until_s = now + self.reservation_wait_s
+        reservation = Reservation(next(self._ids), sequence, local, now, now, wait_until_s, most_tokens)
         # The tokens beyond the prompt were put out by a worker that is gone.
         reservation.recomputed = sequence.num_output_tokens > 0
         self.reservations[reservation.id] = reservation
-        self._waiting[reservation.id] = reservation
+        self._wait(reservation)
         return reservation
 
     def retry(self, reservation: Reservation, attempt: int, *, local: bool) -> bool:
@@ -127,7 +130,7 @@ class DecodeScheduler:
         reservation.state = State.WAITING
         reservation.queued_s = self.clock()
         reservation.wait_until_s = reservation.queued_s + self.reservation_wait_s
-        self._waiting[reservation.id] = reservation
+        self._wait(reservation)
         # A reservation that holds blocks already, or held them before younger ones came, does not queue behind them.
         self._waiting.move_to_end(reservation.id, last=False)
         return True
@@ -140,21 +143,25 @@ class DecodeScheduler:
     def schedule(self) -> Plan:
         """Decides one step. The caller computes it and then calls `commit`, `end` and `advance`."""
         failed = self._expire()
-        preempted = self._grow()
+        decoding = list(self._wanting())
+        preempted = self._grow(decoding)
+        if preempted:
+            decoding = [reservation for reservation in decoding if reservation.state is State.RUNNING]
         reserved = self._admit()
         local = [reservation.sequence for reservation in self._filling.values() if reservation.local]
         chunks = plan_chunks(local, max_batch_tokens=self.max_batch_tokens, block_size=self.pool.block_size)
-        return Plan(reserved, preempted, failed, chunks, list(filter(self._wants_step, self._running.values())))
+        return Plan(reserved, preempted, failed, chunks, decoding)
 
-    def launched(self, reservation: Reservation) -> None:
-        """A step that computes its next token is on its way."""
-        reservation.num_in_flight += 1
+    def launched(self, decoding: list[Reservation]) -> None:
+        """A step that computes their next tokens is on its way."""
+        for reservation in decoding:
+            reservation.next_position += 1
 
     def commit(self, reservation: Reservation, first_token: int) -> None:
         """All KV of its tokens is here: publishes the prefix and joins the batch."""
         sequence = reservation.sequence
         del self._filling[reservation.id]
-        sequence.num_computed = sequence.num_tokens
+        sequence.num_computed = reservation.next_position = sequence.num_tokens
         self.prefix.publish(sequence, 0)
         sequence.token_ids.append(first_token)
         reservation.state = State.RUNNING
@@ -164,7 +171,6 @@ class DecodeScheduler:
 
     def advance(self, reservation: Reservation, token: int) -> None:
         """The last token's KV is written and the next token is drawn."""
-        reservation.num_in_flight -= 1
         sequence = reservation.sequence
         sequence.num_computed += 1
         if sequence.num_computed % self.pool.block_size == 0:
@@ -191,6 +197,8 @@ class DecodeScheduler:
     def _expire(self) -> list[tuple[Reservation, PdserveError]]:
         now = self.clock()
         failed: list[tuple[Reservation, PdserveError]] = []
+        if now < self._next_expiry_s:
+            return failed
         for reservation in self.reservations.values():
             if reservation.sequence.request.deadline_s <= now:
                 failed.append((reservation, DeadlineExceeded(f"the deadline passed while {reservation.state.value}")))
@@ -199,7 +207,12 @@ class DecodeScheduler:
                 failed.append((reservation, ResourceExhausted(waited)))
         for reservation, _ in failed:
             self.end(reservation)
+        self._next_expiry_s = min(map(_expiry_s, self.reservations.values()), default=float("inf"))
         return failed
+
+    def _wait(self, reservation: Reservation) -> None:
+        self._waiting[reservation.id] = reservation
+        self._next_expiry_s = min(self._next_expiry_s, _expiry_s(reservation))
 
     def _admit(self) -> list[Reservation]:
         reserved = []
@@ -233,28 +246,24 @@ class DecodeScheduler:
             sequence.num_computed = reservation.num_local_cached_tokens = len(cached) * self.pool.block_size
         return True
 
-    def _grow(self) -> list[Reservation]:
-        """A block for every running sequence whose next position lies beyond its table; oldest first."""
+    def _wanting(self) -> Iterator[Reservation]:
+        """Those whose tokens on their way, at most as many as they may have, still leave one to compute."""
+        return (one for one in self._running.values() if one.next_position + 1 < one.most_tokens)
+
+    def _grow(self, decoding: list[Reservation]) -> list[Reservation]:
+        """A block for each whose next position lies beyond its table; oldest first. Returns whom that preempted."""
         preempted: list[Reservation] = []
         block_size = self.pool.block_size
-        for reservation in list(self._running.values()):
-            sequence = reservation.sequence
-            next_position = sequence.num_computed + reservation.num_in_flight
-            if next_position < len(sequence.block_table) * block_size or not self._wants_step(reservation):
+        for reservation in decoding:
+            block_table = reservation.sequence.block_table
+            if reservation.next_position < len(block_table) * block_size:
                 continue
-            while reservation.state is State.RUNNING and next_position >= len(sequence.block_table) * block_size:
+            while reservation.state is State.RUNNING and reservation.next_position >= len(block_table) * block_size:
                 if self.pool.num_free:
-                    sequence.block_table += self.pool.allocate(1)
+                    block_table += self.pool.allocate(1)
                 else:
                     preempted.append(self._preempt_youngest())
         return preempted
-
-    def _wants_step(self, reservation: Reservation) -> bool:
-        """Tokens on their way, at most as many as it may have, still leave one to compute."""
-        sequence = reservation.sequence
-        num_tokens = sequence.num_tokens + reservation.num_in_flight
-        limit = sequence.request.num_prompt_tokens + sequence.request.stopping.max_tokens
-        return num_tokens < limit and num_tokens < self.context_length
 
     def _preempt_youngest(self) -> Reservation:
         youngest = max(self._running.values(), key=lambda reservation: reservation.id)
@@ -284,3 +293,8 @@ class DecodeScheduler:
 
     def _blocks_to_open(self, sequence: Sequence) -> int:
         return self._blocks_for(sequence.num_tokens) + 1
+
+
+def _expiry_s(reservation: Reservation) -> float:
+    deadline_s = reservation.sequence.request.deadline_s
+    return min(deadline_s, reservation.wait_until_s) if reservation.state is State.WAITING else deadline_s

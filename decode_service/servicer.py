@@ -39,15 +39,15 @@ class EventRouter:
         self._loop = asyncio.get_running_loop()
         self.mailboxes: dict[Sequence, Mailbox] = {}
 
-    def on_events(self, events: list[tuple[Sequence, Event]]) -> None:
+    def on_events(self, events: dict[Sequence, list[Event]]) -> None:
         """Called from the engine thread."""
         self._loop.call_soon_threadsafe(self._deliver, events)
 
-    def _deliver(self, events: list[tuple[Sequence, Event]]) -> None:
-        for sequence, event in events:
+    def _deliver(self, events: dict[Sequence, list[Event]]) -> None:
+        for sequence, of_sequence in events.items():
             mailbox = self.mailboxes.get(sequence)
             if mailbox is not None:
-                mailbox.put(event)
+                mailbox.put(*of_sequence)
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):

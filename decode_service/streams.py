@@ -26,8 +26,8 @@ class Mailbox:
         self._events: list[Event] = []
         self._filled = asyncio.Event()
 
-    def put(self, event: Event) -> None:
-        self._events.append(event)
+    def put(self, *events: Event) -> None:
+        self._events += events
         self._filled.set()
 
     async def take(self) -> list[Event]:
@@ -48,6 +48,10 @@ def responses(
     """
     chunk: decode_pb2.DecodeChunk | None = None
     for event in events:
+        if isinstance(event, int):
+            chunk = chunk or decode_pb2.DecodeChunk()
+            chunk.token_ids.append(event)
+            continue
         if isinstance(event, Token):
             chunk = chunk or decode_pb2.DecodeChunk()
             chunk.token_ids.append(event.token_id)

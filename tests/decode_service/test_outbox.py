@@ -29,7 +29,7 @@ def test_what_can_wait_gathers_for_the_interval(clock):
     assert not sent
     clock.advance(0.011)
     box.send()
-    assert sent == [[("a", 1), ("a", 2)]]
+    assert sent == [{"a": [1, 2]}]
 
 
 def test_what_is_urgent_takes_along_its_own_stream_alone(clock):
@@ -38,10 +38,10 @@ def test_what_is_urgent_takes_along_its_own_stream_alone(clock):
     box.put("b", 1, can_wait=True)
     box.put("b", 2)
     box.send()
-    assert sent == [[("b", 1), ("b", 2)]]
+    assert sent == [{"b": [1, 2]}]
     clock.advance(0.011)
     box.send()
-    assert sent[1:] == [[("a", 1)]]
+    assert sent[1:] == [{"a": [1]}]
 
 
 def test_more_streams_than_the_rate_allows_wait_for_longer(clock):

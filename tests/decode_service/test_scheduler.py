@@ -50,8 +50,8 @@ def decode_steps(scheduler, count):
     for _ in range(count):
         plan = scheduler.schedule()
         preempted += plan.preempted
+        scheduler.launched(plan.decoding)
         for reservation in plan.decoding:
-            scheduler.launched(reservation)
             scheduler.advance(reservation, 7)
     return preempted
 
@@ -270,10 +270,11 @@ def test_a_block_is_there_before_the_step_in_flight_that_needs_it():
     scheduler = make_scheduler()
     reservation = run(scheduler, make_sequence(2 * BLOCK - 1, max_tokens=8))
     for _ in range(BLOCK + 2):
-        for launched in scheduler.schedule().decoding:
+        decoding = scheduler.schedule().decoding
+        for launched in decoding:
             position = launched.sequence.num_computed + launched.num_in_flight
             assert position < len(launched.sequence.block_table) * BLOCK
-            scheduler.launched(launched)
+        scheduler.launched(decoding)
     assert reservation.num_in_flight > 1
     assert reservation.sequence.num_computed == 2 * BLOCK - 1
 
@@ -285,8 +286,7 @@ def test_tokens_in_flight_count_against_max_tokens_and_the_context():
     steps = 0
     while decoding := scheduler.schedule().decoding:
         steps += 1
-        for reservation in decoding:
-            scheduler.launched(reservation)
+        scheduler.launched(decoding)
     assert (by_limit.num_in_flight, by_context.num_in_flight) == (2, 3)
     assert not scheduler.can_step
     assert steps == 3
@@ -296,10 +296,10 @@ def test_a_preempted_reservation_has_nothing_in_flight_in_its_next_attempt():
     scheduler = make_scheduler(num_blocks=6)
     older, younger = run(scheduler, make_sequence(7, max_tokens=16)), run(scheduler, make_sequence(3, first=50))
     while younger.state is State.RUNNING:
-        for reservation in scheduler.schedule().decoding:
-            scheduler.launched(reservation)
+        scheduler.launched(scheduler.schedule().decoding)
     assert younger.num_in_flight > 0
     scheduler.end(older)
     scheduler.retry(younger, younger.attempt, local=False)
     scheduler.schedule()
+    scheduler.commit(younger, 7)
     assert younger.num_in_flight == 0

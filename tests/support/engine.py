@@ -73,8 +73,9 @@ class HandTurnedEngine(DecodeEngine):
                 self._inbox.popleft()()
 
     def record(self, events):
-        for sequence, event in events:
-            self.happened.setdefault(sequence, []).append(event)
+        for sequence, of_sequence in events.items():
+            told = [Token(event) if isinstance(event, int) else event for event in of_sequence]
+            self.happened.setdefault(sequence, []).extend(told)
 
     def events(self, sequence, kind):
         return [event for event in self.happened.get(sequence, []) if isinstance(event, kind)]

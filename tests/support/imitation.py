@@ -19,7 +19,7 @@ from common.engine.prefix import PrefixCache
 from common.metrics import DecodeMetrics
 from common.model.config import ModelConfig
 from decode_service import device_runner
-from decode_service.engine import DecodeEngine
+from decode_service.engine import DecodeEngine, Token
 from decode_service.scheduler import DecodeScheduler
 from tests.support.device import TEST_DEVICE
 from tests.support.models import dummy_model_folder
@@ -177,8 +177,9 @@ class ImitatedEngine(DecodeEngine):
         self._reader = self.kept = KeptSteps()
 
     def record(self, events):
-        for sequence, event in events:
-            self.happened.setdefault(sequence, []).append(event)
+        for sequence, of_sequence in events.items():
+            told = [Token(event) if isinstance(event, int) else event for event in of_sequence]
+            self.happened.setdefault(sequence, []).extend(told)
 
     def land(self):
         """The tokens of the oldest step in flight come."""
