@@ -18,8 +18,16 @@ from common.engine.special_rows import PackedLogprobs, SpecialRows
 from common.kernels.sampling import sample
 from common.params import TokenLogprob, is_special
 from decode_service.pipeline import PipelineScheduler
+from decode_service.pipelined_step import bounds
 from decode_service.reservations import Reservation
-from decode_service.rows import DecodeRows
+from decode_service.rows import DecodeRows, TokenSource
+from decode_service.step_runner import NUM_MICRO_BATCHES
+
+# The KV of two micro-batches is compared once in so many steps, and one pair of rows exchanged at most: lengths differ
+# slowly, and an exchange is a copy to the device.
+BALANCE_EVERY = 64
+# Of the batch's KV, how much of it one micro-batch may have beyond its half.
+MOST_EXCESS = 0.05
 
 
 class DeviceStep:
@@ -94,6 +102,7 @@ class DeviceRunner:
         self._left: set[Reservation] = set()
         # Blocks of each row's table that the device knows.
         self._num_blocks: list[int] = []
+        self._until_balance = 0
 
     def warm_up(self) -> None:
         """Runs a step of every batch bucket over rows out of use, so that what is compiled or allocated lazily exists.
@@ -114,9 +123,14 @@ class DeviceRunner:
 
     def launch(self, decoding: list[Reservation]) -> DeviceStep:
         self._arrange(decoding)
-        self._rows.flush()
         num_rows = len(self._order)
         size = self._buckets[bisect_left(self._buckets, num_rows)]
+        self._until_balance -= 1
+        if self._until_balance <= 0 and self._pipeline.is_pipelined:
+            self._until_balance = BALANCE_EVERY
+            self._balance(size)
+            self._find_special_rows()
+        self._rows.flush()
         logits = self._pipeline.decode_token(
             self._rows.batch(size),
             self._finish,
@@ -164,6 +178,9 @@ class DeviceRunner:
                 self._num_blocks[row] = len(table)
         for reservation in [r for r in decoding if r not in self._row_of]:
             self._append(reservation)
+        self._find_special_rows()
+
+    def _find_special_rows(self) -> None:
         if self._special and self._special_rows is None:
             rows = [self._row_of[reservation] for reservation in self._special]
             self._special_rows = SpecialRows(self._state, rows, list(self._special.values()))
@@ -181,16 +198,48 @@ class DeviceRunner:
         self._row_of[reservation] = row
         self._num_blocks.append(len(sequence.block_table))
 
+    def _move(self, reservation: Reservation, token: TokenSource, row: int) -> None:
+        stops_here = reservation not in self._special
+        self._rows.move(token, row, reservation.sequence, position=reservation.next_position, stops_here=stops_here)
+        self._order[row], self._row_of[reservation] = reservation, row
+        self._num_blocks[row] = len(reservation.sequence.block_table)
+
+    def _balance(self, num_rows: int) -> None:
+        """Exchanges two rows of two micro-batches, if that brings their KV nearer to each other by much.
+
+        `num_rows`: of the step, those out of use among them.
+        """
+        boundary = bounds(num_rows, NUM_MICRO_BATCHES)[1]
+        first, second = self._num_blocks[:boundary], self._num_blocks[boundary:]
+        excess = (sum(first) - sum(second)) // 2
+        if not first or not second or abs(excess) <= MOST_EXCESS * sum(self._num_blocks):
+            return
+        # Of each row in the first, the one in the second that is nearest to what would even them out.
+        by_size = sorted(range(len(second)), key=second.__getitem__)
+        sizes = [second[index] for index in by_size]
+        nearest = (
+            (row, by_size[min(max(bisect_left(sizes, size - excess) + step, 0), len(sizes) - 1)])
+            for row, size in enumerate(first)
+            for step in (-1, 0)
+        )
+        row, index = min(nearest, key=lambda pair: abs(first[pair[0]] - second[pair[1]] - excess))
+        if abs(first[row] - second[index] - excess) < abs(excess):
+            self._exchange(row, boundary + index)
+
+    def _exchange(self, row: int, other_row: int) -> None:
+        reservation, other = self._order[row], self._order[other_row]
+        token, other_token = self._rows.token_of(row), self._rows.token_of(other_row)
+        self._move(reservation, token, other_row)
+        self._move(other, other_token, row)
+        self._special_rows = None
+
     def _remove(self, reservation: Reservation) -> None:
         """Moves the last row into the hole. The host may not know its newest token yet."""
         row = self._row_of.pop(reservation)
         last = self._order.pop()
         self._num_blocks.pop()
         if last is not reservation:
-            special = last in self._special
-            self._rows.move(len(self._order), row, last.sequence, position=last.next_position, stops_here=not special)
-            self._order[row], self._row_of[last] = last, row
-            self._num_blocks[row] = len(last.sequence.block_table)
+            self._move(last, self._rows.token_of(len(self._order)), row)
         self._rows.clear(len(self._order))
         if reservation in self._special:
             self._state.remove(self._special.pop(reservation))

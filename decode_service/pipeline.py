@@ -173,6 +173,11 @@ class PipelineScheduler:
         self._runner.capture(Way(batch.num_seqs), batch, finish)
 
     @property
+    def is_pipelined(self) -> bool:
+        """The last step was."""
+        return bool(self._launched) and self._launched[-1].way.arrangement is not None
+
+    @property
     def num_graphs(self) -> int:
         return self._runner.num_graphs
 

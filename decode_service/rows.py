@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,13 @@ from common.sequence import Sequence
 NUM_STOP_IDS = 8
 # Matches no token.
 NO_TOKEN = -1
+
+
+class TokenSource(NamedTuple):
+    """A token, or the word that has it once all edits so far are flushed."""
+
+    number: int
+    is_word: bool
 
 
 class DecodeRows:
@@ -132,16 +140,23 @@ class DecodeRows:
         self._set("token_ids", row, 0, sequence.token_ids[-1])
         self._put_rest(row, sequence, position, stops_here)
 
-    def move(self, source: int, row: int, sequence: Sequence, *, position: int, stops_here: bool) -> None:
-        """Like `put`, for a sequence that row `source` holds, and with it the newest token."""
-        source_word, token_word = self._first["token_ids"] + source, self._first["token_ids"] + row
-        if source_word in self._edits:
-            self._copies.pop(token_word, None)
-            self._edits[token_word] = self._edits[source_word]
+    def token_of(self, row: int) -> TokenSource:
+        """Where a row's newest token is, for `move`, whatever becomes of the row."""
+        word = self._first["token_ids"] + row
+        if word in self._edits:
+            return TokenSource(self._edits[word], is_word=False)
+        # It may have moved there itself since the last flush.
+        return TokenSource(self._copies.get(word, word), is_word=True)
+
+    def move(self, token: TokenSource, row: int, sequence: Sequence, *, position: int, stops_here: bool) -> None:
+        """Like `put`, for a sequence that another row held, and with it the newest token."""
+        word = self._first["token_ids"] + row
+        if token.is_word:
+            self._copies[word] = token.number
+            self._edits.pop(word, None)
         else:
-            # The source may have moved there itself since the last flush.
-            self._copies[token_word] = self._copies.get(source_word, source_word)
-            self._edits.pop(token_word, None)
+            self._edits[word] = token.number
+            self._copies.pop(word, None)
         self._put_rest(row, sequence, position, stops_here)
 
     def grow(self, row: int, block_table: list[int], first_new: int, position: int) -> None:

@@ -130,15 +130,29 @@ def test_a_moved_row_keeps_the_token_that_only_the_device_knows():
     rows.flush()
     rows.advance(drawn(40, 41, 42, 43))
     # Rows 2 and 0 leave: the last row closes the first hole, and from there the second.
-    rows.move(3, 2, sequences[3], position=6, stops_here=True)
+    rows.move(rows.token_of(3), 2, sequences[3], position=6, stops_here=True)
     rows.clear(3)
-    rows.move(2, 0, sequences[3], position=6, stops_here=True)
+    rows.move(rows.token_of(2), 0, sequences[3], position=6, stops_here=True)
     rows.clear(2)
     rows.flush()
     assert state(rows, 0) == (43, 6, 7, 51 * 4 + 2)
     assert rows.block_table_SP[0, :2].tolist() == [50, 51]
     assert state(rows, 1)[0] == 41
     assert state(rows, 2)[2] == 0
+
+
+def test_two_rows_exchange_their_places_with_tokens_that_only_the_device_knows():
+    rows, sequences = make_rows(), [make_sequence(6, first_block=20 + 10 * row) for row in range(2)]
+    for row, sequence in enumerate(sequences):
+        rows.put(row, sequence, position=5, stops_here=True)
+    rows.flush()
+    rows.advance(drawn(40, 41))
+    tokens = [rows.token_of(row) for row in (0, 1)]
+    rows.move(tokens[0], 1, sequences[0], position=6, stops_here=True)
+    rows.move(tokens[1], 0, sequences[1], position=6, stops_here=True)
+    rows.flush()
+    assert [state(rows, row)[0] for row in (0, 1)] == [41, 40]
+    assert rows.block_table_SP[:2, 0].tolist() == [30, 20]
 
 
 def test_of_several_edits_of_a_row_the_last_counts():

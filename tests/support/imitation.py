@@ -81,6 +81,8 @@ class RememberingPrefiller:
 
 class RememberingPipeline:
     runner: device_runner.DeviceRunner
+    # So that rows are exchanged as well.
+    is_pipelined = True
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -148,6 +150,7 @@ class ImitatedEngine(DecodeEngine):
     def __init__(self, monkeypatch, *, num_blocks, block_size, max_num_seqs, max_batch_tokens, context_length):
         monkeypatch.setattr(device_runner, "sample", draw)
         monkeypatch.setattr(device_runner, "SpecialRows", SpecialRows)
+        monkeypatch.setattr(device_runner, "BALANCE_EVERY", 3)
         config = ModelConfig.from_folder(dummy_model_folder())
         cache = KvCache(config, num_blocks, block_size, torch.float32, TEST_DEVICE)
         pool, memory = BlockPool(num_blocks, block_size), Memory(num_blocks, block_size)
