@@ -80,9 +80,7 @@ class DecodeScheduler:
     @property
     def can_step(self) -> bool:
         """A step would compute something."""
-        return any(map(self._wants_step, self._running.values())) or any(
-            reservation.local for reservation in self._filling.values()
-        )
+        return any(map(self._wants_step, self._running.values())) or any(map(self._wants_chunk, self._filling.values()))
 
     def open(self, sequence: Sequence, *, local: bool) -> Reservation:
         """Queues a new reservation.
@@ -120,8 +118,9 @@ class DecodeScheduler:
         if attempt != reservation.attempt or reservation.state not in (State.FILLING, State.LOST):
             return False
         self._filling.pop(reservation.id, None)
-        if local != reservation.local:
-            # What may be reused from the prefix cache differs, so the blocks are chosen anew.
+        if local or reservation.local:
+            # The blocks are chosen anew: what may be reused from the prefix cache differs, and even a prompt that has
+            # been computed here has to be begun again, since its first token is lost with the attempt.
             self._return_blocks(reservation)
             reservation.local = local
         reservation.state = State.WAITING
@@ -142,7 +141,7 @@ class DecodeScheduler:
         failed = self._expire()
         preempted = self._grow()
         reserved = self._admit()
-        local = [reservation.sequence for reservation in self._filling.values() if reservation.local]
+        local = [reservation.sequence for reservation in filter(self._wants_chunk, self._filling.values())]
         chunks = plan_chunks(local, max_batch_tokens=self.max_batch_tokens, block_size=self.pool.block_size)
         return Plan(reserved, preempted, failed, chunks, list(filter(self._wants_step, self._running.values())))
 
@@ -255,6 +254,10 @@ class DecodeScheduler:
         num_tokens = sequence.num_tokens + reservation.num_in_flight
         limit = sequence.request.num_prompt_tokens + sequence.request.stopping.max_tokens
         return num_tokens < limit and num_tokens < self.context_length
+
+    def _wants_chunk(self, reservation: Reservation) -> bool:
+        """It is computed here, and not all of it has been launched yet; afterwards it waits for its first token."""
+        return reservation.local and not reservation.sequence.prefilled
 
     def _preempt_youngest(self) -> Reservation:
         youngest = max(self._running.values(), key=lambda reservation: reservation.id)
