@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 
 import torch
 from torch import Tensor
 
 from common.engine.buckets import batch_buckets
+from common.engine.drawn_tokens import DrawnTokens
 from common.engine.graphs import Progress
 from common.engine.kv_cache import KvCache
 from common.engine.prefiller import add_to_state
-from common.engine.sampler import NonFiniteLogits, SampledBatch
 from common.engine.sampling_state import SamplingState
 from common.engine.special_rows import PackedLogprobs, SpecialRows
 from common.kernels.sampling import sample
-from common.params import TokenLogprob, is_special
+from common.params import is_special
 from decode_service.pipeline import PipelineScheduler
 from decode_service.pipelined_step import bounds
 from decode_service.reservations import Reservation
@@ -30,44 +29,12 @@ BALANCE_EVERY = 64
 MOST_EXCESS = 0.05
 
 
-class DeviceStep:
+class DeviceStep(DrawnTokens):
     """See `decode_service.runner.Step`."""
 
-    def __init__(
-        self, rows: list[tuple[Reservation, int]], drawn: Tensor, logprobs: PackedLogprobs | None, num_rows: int
-    ) -> None:
-        """`drawn` is int32: `num_rows` token ids, then as many float32 scores."""
+    def __init__(self, rows: list[tuple[Reservation, int]], drawn: Tensor, logprobs: PackedLogprobs | None) -> None:
+        super().__init__(drawn, len(rows), logprobs)
         self.rows = rows
-        self._num_rows = num_rows
-        self._logprobs = logprobs
-        self._host = _to_host(drawn)
-        self._host_logprobs = None if logprobs is None else _to_host(logprobs.values)
-        self._event = None
-        if drawn.device.type == "cuda":
-            # Blocking: the waiting thread sleeps rather than spins.
-            self._event = torch.cuda.Event(blocking=True)
-            self._event.record()
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-
-    def read(self) -> SampledBatch:
-        self.wait()
-        num_rows = len(self.rows)
-        token_ids = self._host[:num_rows].tolist()
-        scores = self._host[self._num_rows : self._num_rows + num_rows].view(torch.float32).tolist()
-        logprobs: list[TokenLogprob | None] = [None] * num_rows
-        if self._logprobs is not None:
-            assert self._host_logprobs is not None
-            for row, logprob in self._logprobs.unpack(self._host_logprobs.tolist()).items():
-                logprobs[row] = logprob
-        sampled = SampledBatch(token_ids, logprobs)
-        # float32 values are too small for their sum to overflow.
-        if not math.isfinite(sum(scores)):
-            faulty = tuple(row for row, score in enumerate(scores) if not math.isfinite(score))
-            raise NonFiniteLogits(faulty, sampled)
-        return sampled
 
 
 class DeviceRunner:
@@ -147,7 +114,7 @@ class DeviceRunner:
             )
             self._rows.token_ids_S[:num_rows].copy_(self._token_ids_S[:num_rows])
         rows = [(reservation, reservation.attempt) for reservation in self._order]
-        return DeviceStep(rows, self._drawn, logprobs, self._rows.num_rows)
+        return DeviceStep(rows, self._drawn, logprobs)
 
     def leave(self, reservation: Reservation) -> None:
         if reservation in self._row_of:
@@ -245,9 +212,3 @@ class DeviceRunner:
             self._state.remove(self._special.pop(reservation))
         # The rows of those that remain may have changed.
         self._special_rows = None
-
-
-def _to_host(values: Tensor) -> Tensor:
-    if values.device.type == "cpu":
-        return values.clone()
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

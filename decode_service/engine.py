@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from common.clock import Clock
+from common.engine.chunks import Chunk
 from common.engine.kv_cache import KvCache
 from common.engine.kv_writer import KvWriter
 from common.engine.loop import EngineLoop
-from common.engine.prefiller import FirstToken, Prefiller
+from common.engine.prefill_step import FirstToken, PrefillStep
+from common.engine.prefiller import Prefiller
 from common.engine.sampler import NonFiniteLogits
 from common.errors import Internal, PdserveError
 from common.load import Load, StepTimer
@@ -26,7 +28,7 @@ from common.transport.receiving import Done
 from decode_service.outbox import Outbox
 from decode_service.pipeline import PipelineScheduler, PipelineStats
 from decode_service.reservations import Reservation, State, Verdict
-from decode_service.runner import DecodeRunner, Step, StepReader
+from decode_service.runner import DecodeRunner, Launched, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan
 
 
@@ -113,17 +115,26 @@ class DecodeEngine(EngineLoop):
         self._metrics = metrics
         # Tells a pair's sender to stop working for an attempt.
         self.on_gone: Callable[[int, AttemptKey], None] = lambda pair_id, key: None
-        self.num_in_flight = 0
+        self._num_decodes_in_flight = 0
+        self._num_prefills_in_flight = 0
         self._landed_s = 0.0
         # Where steps outrun the host, somebody has to wait for their tokens, and it is not this thread.
-        self._reader = StepReader(self._land_later) if runner.max_in_flight > 1 else None
+        self._reader = StepReader() if runner.max_in_flight > 1 else None
         self._reservation_of: dict[Sequence, Reservation] = {}
         self._step_timer = StepTimer(clock)
         # A pair's transport, as the serving path names it.
         self.transport_of: Callable[[int], str] = lambda pair_id: ""
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that have been launched and not landed, of both kinds."""
+        return self._num_decodes_in_flight + self._num_prefills_in_flight
+
     def has_work(self) -> bool:
-        return self.num_in_flight < self.runner.max_in_flight and self.scheduler.can_step
+        # Counted apart, so that the device has another step behind the oldest of either kind. Neither runs ahead of the
+        # other: a chunk goes between two decode steps, and never a second one before the next tokens.
+        num_in_flight = max(self._num_decodes_in_flight, self._num_prefills_in_flight)
+        return num_in_flight < self.runner.max_in_flight and self.scheduler.can_step
 
     def waits_for_device(self) -> bool:
         return self.num_in_flight > 0 and not self.has_work()
@@ -131,17 +142,19 @@ class DecodeEngine(EngineLoop):
     def step(self) -> None:
         plan = self.scheduler.schedule()
         self._announce(plan)
-        if plan.chunks:
-            self._prefill(plan)
+        # Decoding first: whoever has just joined does not wait for the chunk in front of the device and for this one.
         if plan.decoding:
-            # A local prefill cannot end a running sequence, so the plan still holds.
             self._launch(plan.decoding)
+        if plan.chunks:
+            # A decode step ends no reservation that is being filled, so the plan still holds.
+            self._prefill(plan.chunks)
 
     def idle(self) -> None:
-        # With steps in flight the next one is near, and it schedules.
-        if not self.num_in_flight:
+        # With decode steps in flight the next one is near, and it schedules. Chunks take longer: who comes meanwhile is
+        # to have blocks before the device has nothing left to do.
+        if not self._num_decodes_in_flight:
             self._announce(self.scheduler.schedule())
-            if not self.scheduler.reservations:
+            if not self.scheduler.reservations and not self._num_prefills_in_flight:
                 self.pipeline.calibrate(CALIBRATE_S)
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -265,51 +278,57 @@ class DecodeEngine(EngineLoop):
             self._metrics.prefix_miss_tokens.inc(reservation.sequence.num_tokens - cached)
             self._outbox.put(reservation.sequence, Reserved(reservation.id, reservation.attempt, cached, queue_ms))
 
-    def _prefill(self, plan: Plan) -> None:
-        # Tokens that have come do not wait for prompts.
-        self._outbox.send()
-        started = self._clock()
-        first_tokens = self._prefiller.run(plan.chunks, self.tick)
-        self._step_timer.record(self._clock() - started)
-        elapsed_ms = self._step_timer.last_ms
-        for chunk in plan.chunks:
-            self._reservation_of[chunk.sequence].local_prefill_ms += elapsed_ms
-        self._metrics.computed_tokens.inc(sum(chunk.end - chunk.start for chunk in plan.chunks))
-        self._metrics.local_prefills.inc(len(first_tokens))
-        for sequence, first_token in first_tokens.items():
-            reservation = self._reservation_of[sequence]
-            if isinstance(first_token, PdserveError):
-                self._fail(reservation, first_token)
-            else:
-                self._join(reservation, first_token)
-
     def _launch(self, decoding: list[Reservation]) -> None:
         launched_s = self._clock()
         step = self.runner.launch(decoding)
         self.scheduler.launched(decoding)
-        self.num_in_flight += 1
-        if self._reader is None:
-            self._land(step, launched_s)
-        else:
-            self._reader.watch(step, launched_s)
+        self._num_decodes_in_flight += 1
+        self._when_landed(step, partial(self._land, step, launched_s))
 
-    def _land_later(self, step: Step, launched_s: float) -> None:
-        """Called by the reader once the step's tokens are on the host."""
-        self.submit(partial(self._land, step, launched_s))
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        # Tokens that have come do not wait for prompts.
+        self._outbox.send()
+        reservations = [self._reservation_of[chunk.sequence] for chunk in chunks]
+        attempts = [(reservation, reservation.attempt) for reservation in reservations]
+        launched_s = self._clock()
+        step = self._prefiller.run(chunks, self.tick)
+        self._num_prefills_in_flight += 1
+        self._metrics.computed_tokens.inc(sum(chunk.end - chunk.start for chunk in chunks))
+        self._when_landed(step, partial(self._land_prefill, step, attempts, launched_s))
+
+    def _when_landed(self, step: Launched, land: Callable[[], None]) -> None:
+        """Calls `land` in this thread when the step can be read without waiting, or at once where nobody else waits."""
+        if self._reader is None:
+            land()
+        else:
+            self._reader.watch(step, partial(self.submit, land))
+
+    def _land_prefill(self, step: PrefillStep, attempts: list[tuple[Reservation, int]], launched_s: float) -> None:
+        self._num_prefills_in_flight -= 1
+        self.tick()
+        first_tokens = step.read()
+        seconds = self._record_landing(launched_s)
+        self._metrics.local_prefills.inc(len(first_tokens))
+        for reservation, attempt in attempts:
+            # Ended or given up since it was launched: the first token is nobody's.
+            if reservation.state is not State.FILLING or reservation.attempt != attempt:
+                continue
+            reservation.local_prefill_ms += seconds * 1e3
+            match first_tokens.get(reservation.sequence):
+                case FirstToken() as first_token:
+                    self._join(reservation, first_token)
+                case PdserveError() as error:
+                    self._fail(reservation, error)
 
     def _land(self, step: Step, launched_s: float) -> None:
-        self.num_in_flight -= 1
+        self._num_decodes_in_flight -= 1
         self.tick()
         faulty: tuple[int, ...] = ()
         try:
             sampled = step.read()
         except NonFiniteLogits as error:
             sampled, faulty = error.sampled, error.rows
-        now = self._clock()
-        # A step that was launched behind another began when that one ended.
-        seconds = now - max(launched_s, self._landed_s)
-        self._landed_s = now
-        self._step_timer.record(seconds)
+        seconds = self._record_landing(launched_s)
         for row in faulty:
             reservation, attempt = step.rows[row]
             if reservation.is_running(attempt):
@@ -329,9 +348,18 @@ class DecodeEngine(EngineLoop):
         for reservation, token_id, logprob in landed:
             self.scheduler.advance(reservation, token_id)
             if not reservation.first_decode_ms:
-                reservation.first_decode_ms = (now - reservation.committed_s) * 1e3
+                reservation.first_decode_ms = (self._landed_s - reservation.committed_s) * 1e3
                 self._metrics.first_step_s.observe(reservation.first_decode_ms / 1e3)
             self._put_out(reservation, token_id if logprob is None else Token(token_id, logprob))
+
+    def _record_landing(self, launched_s: float) -> float:
+        """The seconds that a step took which has just been read."""
+        now = self._clock()
+        # A step that was launched behind another began when that one ended.
+        seconds = now - max(launched_s, self._landed_s)
+        self._landed_s = now
+        self._step_timer.record(seconds)
+        return seconds
 
     def _join(self, reservation: Reservation, first_token: FirstToken) -> None:
         self.scheduler.commit(reservation, first_token.token_id)

@@ -9,6 +9,10 @@ The life of a reservation:
                │                 pair lost  ▼    │                              ▼
                └──────────────────────────  LOST(n)  ◀──────────────────────────┘
 
+What decode computes itself it commits when the first token comes from the device; until then the reservation is
+FILLING, even if all of its chunks have been launched. Its blocks may be given away at any time: whoever gets them
+computes on the same stream, or waits for it (`common.engine.kv_writer`), so that nothing written late survives.
+
 The end of the stream ends it from any state. Only FILLING(n) accepts writes, and only of attempt n: minting n + 1
 fences off every lower one.
 """

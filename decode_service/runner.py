@@ -24,14 +24,18 @@ from decode_service.pipeline import PipelineScheduler
 from decode_service.reservations import Reservation
 
 
-class Step(Protocol):
-    """One launched step."""
+class Launched(Protocol):
+    """A step on its way: of decoding, or of prompt chunks."""
+
+    def wait(self) -> None:
+        """Blocks until its tokens are on the host; any thread may."""
+
+
+class Step(Launched, Protocol):
+    """One launched decode step."""
 
     # Row by row; an attempt that is over by the time the tokens come has no use for them.
     rows: list[tuple[Reservation, int]]
-
-    def wait(self) -> None:
-        """Blocks until the tokens are on the host; any thread may."""
 
     def read(self) -> SampledBatch:
         """The tokens, row by row. Raises NonFiniteLogits."""
@@ -40,7 +44,7 @@ class Step(Protocol):
 class DecodeRunner(Protocol):
     """Belongs to the engine's thread."""
 
-    # Steps that may be launched before the oldest of them has been read.
+    # Steps of one kind, decoding or prompt chunks, that may be launched before the oldest of them has been read.
     max_in_flight: int
 
     def launch(self, decoding: list[Reservation]) -> Step:
@@ -93,23 +97,24 @@ class HostRunner:
 
 
 class StepReader(threading.Thread):
-    """Waits for steps in their order, off the engine's thread, and hands each over once it can be read."""
+    """Waits for steps in their order, off the engine's thread, and tells when each can be read."""
 
-    def __init__(self, on_ready: Callable[[Step, float], None]) -> None:
+    def __init__(self) -> None:
         super().__init__(name="step-reader", daemon=True)
-        self._on_ready = on_ready
-        self._steps: queue.SimpleQueue[tuple[Step, float] | None] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[tuple[Launched, Callable[[], None]] | None] = queue.SimpleQueue()
         self.start()
 
-    def watch(self, step: Step, launched_s: float) -> None:
-        self._steps.put((step, launched_s))
+    def watch(self, step: Launched, on_ready: Callable[[], None]) -> None:
+        """`on_ready` is called in this thread, once `step` can be read and after that of all steps before it."""
+        self._steps.put((step, on_ready))
 
     def stop(self) -> None:
         self._steps.put(None)
 
     def run(self) -> None:
         while (entry := self._steps.get()) is not None:
+            step, on_ready = entry
             # A device that failed fails the read as well, in the engine's thread, which is where it is handled.
             with contextlib.suppress(RuntimeError):
-                entry[0].wait()
-            self._on_ready(*entry)
+                step.wait()
+            on_ready()

@@ -83,7 +83,7 @@ class DecodeScheduler:
     @property
     def can_step(self) -> bool:
         """A step would compute something."""
-        return any(self._wanting()) or any(reservation.local for reservation in self._filling.values())
+        return any(self._wanting()) or any(map(self._wants_chunk, self._filling.values()))
 
     def open(self, sequence: Sequence, *, local: bool) -> Reservation:
         """Queues a new reservation.
@@ -123,8 +123,9 @@ class DecodeScheduler:
         if attempt != reservation.attempt or reservation.state not in (State.FILLING, State.LOST):
             return False
         self._filling.pop(reservation.id, None)
-        if local != reservation.local:
-            # What may be reused from the prefix cache differs, so the blocks are chosen anew.
+        if local or reservation.local:
+            # The blocks are chosen anew: what may be reused from the prefix cache differs, and even a prompt that has
+            # been computed here has to be begun again, since its first token is lost with the attempt.
             self._return_blocks(reservation)
             reservation.local = local
         reservation.state = State.WAITING
@@ -148,7 +149,7 @@ class DecodeScheduler:
         if preempted:
             decoding = [reservation for reservation in decoding if reservation.state is State.RUNNING]
         reserved = self._admit()
-        local = [reservation.sequence for reservation in self._filling.values() if reservation.local]
+        local = [reservation.sequence for reservation in filter(self._wants_chunk, self._filling.values())]
         chunks = plan_chunks(local, max_batch_tokens=self.max_batch_tokens, block_size=self.pool.block_size)
         return Plan(reserved, preempted, failed, chunks, decoding)
 
@@ -264,6 +265,10 @@ class DecodeScheduler:
                 else:
                     preempted.append(self._preempt_youngest())
         return preempted
+
+    def _wants_chunk(self, reservation: Reservation) -> bool:
+        """It is computed here, and not all of it has been launched yet; afterwards it waits for its first token."""
+        return reservation.local and not reservation.sequence.prefilled
 
     def _preempt_youngest(self) -> Reservation:
         youngest = max(self._running.values(), key=lambda reservation: reservation.id)

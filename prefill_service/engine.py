@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from common.clock import Clock
 from common.engine.chunks import Chunk
 from common.engine.loop import EngineLoop
-from common.engine.prefiller import FirstToken, Prefiller
+from common.engine.prefill_step import FirstToken
+from common.engine.prefiller import Prefiller
 from common.engine.streams import mark
 from common.errors import Aborted, DataLoss, DeadlineExceeded, Internal, InvalidArgument, PdserveError, Unavailable
 from common.load import Load, StepTimer
@@ -93,7 +94,7 @@ class PrefillEngine(EngineLoop):
         if not chunks:
             return
         with self._step_timer:
-            first_tokens = self._prefiller.run(chunks, partial(self._ship_layer, chunks))
+            first_tokens = self._prefiller.run(chunks, partial(self._ship_layer, chunks)).read()
         for chunk in chunks:
             self._advance(self._tasks[chunk.sequence].job, chunk)
         for sequence, first_token in first_tokens.items():

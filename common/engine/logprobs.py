@@ -46,12 +46,11 @@ def unpack_logprobs(row: list[float], num_top: int) -> TokenLogprob:
     return TokenLogprob(int(token_id), logprob, int(rank), best)
 
 
-def prompt_logprobs(logits_TV: Tensor, next_ids_T: Tensor, num: int) -> list[TokenLogprob]:
-    """Log-probabilities of a prompt's tokens, each with `num` alternatives.
+def pack_prompt_logprobs(logits_TV: Tensor, next_ids_T: Tensor, num: int) -> Tensor:
+    """`pack_logprobs` of a prompt's tokens, each with `num` alternatives.
 
     `next_ids_T[t]` is the token that follows position t, the one that `logits_TV[t]` (fp32) speaks about.
     """
     num_rows = max(1, MAX_LOGITS_AT_ONCE // logits_TV.shape[1])
     slices = zip(logits_TV.split(num_rows), next_ids_T.split(num_rows), strict=True)
-    packed = torch.cat([pack_logprobs(logits, next_ids, num) for logits, next_ids in slices])
-    return [unpack_logprobs(row, num) for row in packed.tolist()]
+    return torch.cat([pack_logprobs(logits, next_ids, num) for logits, next_ids in slices])

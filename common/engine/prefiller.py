@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,29 +13,23 @@ from common.engine.batches import PrefillNumbers, prefill_numbers
 from common.engine.chunks import Chunk
 from common.engine.graphs import Progress
 from common.engine.kv_cache import KvCache
-from common.engine.logprobs import prompt_logprobs
+from common.engine.logprobs import pack_prompt_logprobs
 from common.engine.prefill_graphs import PrefillGraphs
+from common.engine.prefill_step import Drawn, Finished, PrefillStep
 from common.engine.prefix import PrefixCache
-from common.engine.sampler import NonFiniteLogits, SampledBatch, Sampler
+from common.engine.sampler import Sampler
 from common.engine.sampling_state import SamplingState
-from common.errors import Internal
 from common.model.qwen3 import Qwen3ForCausalLM
-from common.model.transfer import to_device
-from common.params import SamplingParams, StoppingParams, TokenLogprob, is_special
+from common.model.transfer import to_device, to_host
+from common.params import SamplingParams, StoppingParams, is_special
 from common.sequence import Request, Sequence
 
 
-class FirstToken(NamedTuple):
-    """What a finished prompt yields."""
-
-    token_id: int
-    logprob: TokenLogprob | None
-    # One for each prompt token but the first, when asked for.
-    prompt_logprobs: tuple[TokenLogprob, ...]
-
-
 class Prefiller:
-    """Computes chunks and draws the first token of each sequence that a chunk finishes."""
+    """Computes chunks and draws the first token of each sequence that a chunk finishes.
+
+    On a GPU that has our kernels nothing here waits for what is computed; only reading a step does.
+    """
 
     def __init__(
         self, model: Qwen3ForCausalLM, cache: KvCache, prefix: PrefixCache, *, max_num_seqs: int, device: torch.device
@@ -47,35 +40,33 @@ class Prefiller:
         self.device = device
         self._sampler = Sampler()
         self._state = SamplingState(max_num_seqs, model.config.vocab_size, device)
-        self._free_slots = list(range(max_num_seqs))
-        self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
+        # Packed, on their way to the host.
+        self._prompt_logprobs: dict[Sequence, list[torch.Tensor]] = {}
         self._graphs: PrefillGraphs | None = None
 
-    def run(
-        self, chunks: Seq[Chunk], after_layer: Callable[[int], None] | None = None
-    ) -> dict[Sequence, FirstToken | Internal]:
+    def run(self, chunks: Seq[Chunk], after_layer: Callable[[int], None] | None = None) -> PrefillStep:
         """One forward pass over `chunks`; advances `num_computed` and publishes whole blocks.
 
-        `after_layer(layer)` is called once that layer's KV of all chunks is final. Returns the finished sequences; an
-        error where a sequence's logits cannot be used.
+        What is computed or copied afterwards, on the same stream, finds their KV written. `after_layer(layer)` is
+        called once that layer's KV of all chunks is final.
         """
         numbers = prefill_numbers(chunks, block_size=self._cache.block_size)
         logits_RV = None if self._graphs is None else self._graphs.run(numbers, after_layer)
         if logits_RV is None:
             logits_RV = self._model.forward(numbers.to(self.device), self._cache, after_layer)
-        finished: list[tuple[Sequence, int]] = []
+        finished: dict[Sequence, int] = {}
         row = 0
         for sequence, start, end in chunks:
             sequence.num_computed = end
             self._prefix.publish(sequence, start)
             if sequence.request.num_prompt_logprobs is not None:
-                self._collect_prompt_logprobs(sequence, start, logits_RV[row : row + end - start])
+                self._score_prompt(sequence, start, logits_RV[row : row + end - start])
                 row += end - start
             elif sequence.prefilled:
                 row += 1
             if sequence.prefilled:
-                finished.append((sequence, row - 1))
-        return self._first_tokens(finished, logits_RV) if finished else {}
+                finished[sequence] = row - 1
+        return self._finish(finished, logits_RV)
 
     def warm_up(self, max_tokens: int) -> None:
         """Runs prompts that leave no trace, so that what is compiled or allocated lazily exists."""
@@ -93,8 +84,7 @@ class Prefiller:
                 logit_rows=[length - 1],
             )
             logits_RV = self._model.forward(numbers.to(self.device), self._cache)
-            with contextlib.suppress(NonFiniteLogits):
-                self._draw([_any_sequence()], logits_RV)
+            self._draw([_any_sequence()], logits_RV)
 
     def capture(self, max_tokens: int, context_length: int, progress: Progress) -> None:
         """Captures CUDA graphs for steps of few tokens."""
@@ -110,54 +100,53 @@ class Prefiller:
         """Drops what is kept for a sequence that will not be finished."""
         self._prompt_logprobs.pop(sequence, None)
 
-    def _first_tokens(
-        self, finished: list[tuple[Sequence, int]], logits_RV: torch.Tensor
-    ) -> dict[Sequence, FirstToken | Internal]:
-        sequences = [sequence for sequence, _ in finished]
-        rows = [row for _, row in finished]
-        if rows != list(range(len(logits_RV))):
-            logits_RV = logits_RV.index_select(0, to_device(torch.tensor(rows), self.device))
-        faulty: tuple[int, ...] = ()
-        try:
-            sampled = self._draw(sequences, logits_RV)
-        except NonFiniteLogits as error:
-            sampled, faulty = error.sampled, error.rows
-        first_tokens: dict[Sequence, FirstToken | Internal] = {
-            sequence: FirstToken(token_id, logprob, tuple(self._prompt_logprobs.pop(sequence, ())))
-            for sequence, token_id, logprob in zip(sequences, sampled.token_ids, sampled.logprobs, strict=True)
-        }
-        for row in faulty:
-            reason = "NON_FINITE_LOGITS"
-            first_tokens[sequences[row]] = Internal("the model's logits hold NaN or infinity", reason=reason)
-        return first_tokens
+    def _finish(self, finished: dict[Sequence, int], logits_RV: torch.Tensor) -> PrefillStep:
+        """Draws the tokens of these sequences from these rows."""
+        drawn = None
+        if finished:
+            rows = list(finished.values())
+            if rows != list(range(len(logits_RV))):
+                logits_RV = logits_RV.index_select(0, to_device(torch.tensor(rows), self.device))
+            drawn = self._draw(list(finished), logits_RV)
+        scored = [Finished(sequence, self._prompt_logprobs.pop(sequence, ())) for sequence in finished]
+        return PrefillStep(scored, drawn, self.device)
 
-    def _draw(self, sequences: list[Sequence], logits_SV: torch.Tensor) -> SampledBatch:
-        if self._model.operations.replayable and not any(
-            is_special(sequence.request.sampling, sequence.request.stopping.min_tokens, sequence.request.num_logprobs)
-            for sequence in sequences
-        ):
-            from common.engine.fused_draw import fused_draw
+    def _draw(self, sequences: list[Sequence], logits_SV: torch.Tensor) -> Drawn:
+        if not self._model.operations.replayable:
+            with self._in_state(sequences) as slots:
+                positions = [sequence.num_tokens for sequence in sequences]
+                return self._sampler.draw(logits_SV, self._state, slots, positions)
+        from common.engine.fused_draw import fused_draw
 
-            return fused_draw(sequences, logits_SV)
-        slots = [self._free_slots.pop() for _ in sequences]
-        for slot, sequence in zip(slots, sequences, strict=True):
+        special = [
+            row
+            for row, request in enumerate(sequence.request for sequence in sequences)
+            if is_special(request.sampling, request.stopping.min_tokens, request.num_logprobs)
+        ]
+        with self._in_state([sequences[row] for row in special]) as slots:
+            return fused_draw(sequences, logits_SV, self._state, dict(zip(special, slots, strict=True)))
+
+    @contextlib.contextmanager
+    def _in_state(self, sequences: list[Sequence]) -> Iterator[list[int]]:
+        """Their slots, for one draw: once it is enqueued, whatever takes the slots next is written after it."""
+        slots = list(range(len(sequences)))
+        for slot, sequence in enumerate(sequences):
             add_to_state(self._state, slot, sequence)
         try:
-            return self._sampler.sample(logits_SV, self._state, slots, [sequence.num_tokens for sequence in sequences])
+            yield slots
         finally:
             for slot in slots:
                 self._state.remove(slot)
-                self._free_slots.append(slot)
 
-    def _collect_prompt_logprobs(self, sequence: Sequence, start: int, logits_TV: torch.Tensor) -> None:
+    def _score_prompt(self, sequence: Sequence, start: int, logits_TV: torch.Tensor) -> None:
         """Position p's logits speak about prompt token p + 1."""
         following = sequence.token_ids[start + 1 : min(start + 1 + len(logits_TV), sequence.request.num_prompt_tokens)]
-        collected = self._prompt_logprobs.setdefault(sequence, [])
         if following:
             next_ids_T = to_device(torch.tensor(following), self.device)
             num = sequence.request.num_prompt_logprobs
             assert num is not None
-            collected += prompt_logprobs(logits_TV[: len(following)], next_ids_T, num)
+            packed = to_host(pack_prompt_logprobs(logits_TV[: len(following)], next_ids_T, num))
+            self._prompt_logprobs.setdefault(sequence, []).append(packed)
 
 
 def _any_sequence() -> Sequence:

@@ -1,4 +1,4 @@
-"""From the host to the device without waiting."""
+"""Between host and device without waiting."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     It goes through pinned memory: with any other the host waits for all that the stream has to do before.
     """
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(values: Tensor) -> Tensor:
+    """A copy here, enqueued on the current stream: it holds the values once the stream has come that far."""
+    if values.device.type == "cpu":
+        return values.clone()
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

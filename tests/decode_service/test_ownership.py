@@ -70,8 +70,13 @@ def test_no_sequence_ever_sees_or_loses_a_position(trial, monkeypatch):
             elif chance < 0.5 and live:
                 for _ in range(draw.randrange(1, min(4, 1 + len(live)))):
                     engine.close(live.pop(draw.randrange(len(live))))
+            elif chance < 0.53 and live:
+                # Given up at any moment, which changes nothing once it runs.
+                if reservation := engine._reservation_of.get(draw.choice(live)):
+                    engine.retry(reservation.sequence, reservation.attempt, local=True)
             elif chance < 0.8:
-                engine.land()
+                kinds = [steps for steps in (engine.kept.decodes, engine.kept.prefills) if steps]
+                engine.land(draw.choice(kinds) if kinds else None)
             if draw.random() < 0.8:
                 engine.turn()
             engine.check()

@@ -175,6 +175,28 @@ def test_a_retry_that_turns_local_computes_the_last_token_itself():
     scheduler.check()
 
 
+def test_a_local_prompt_that_is_all_launched_waits_for_its_first_token_alone():
+    scheduler = make_scheduler()
+    launched = scheduler.open(make_sequence(8), local=True)
+    (chunk,) = scheduler.schedule().chunks
+    launched.sequence.num_computed = chunk.end
+    assert not scheduler.can_step
+    other = scheduler.open(make_sequence(6, first=50), local=True)
+    assert [chunk.sequence for chunk in scheduler.schedule().chunks] == [other.sequence]
+    assert (launched.state, scheduler.num_waiting_tokens) == (State.FILLING, 6)
+
+
+def test_a_retry_of_a_local_prompt_computes_at_least_its_last_token_again():
+    scheduler = make_scheduler()
+    reservation = scheduler.open(make_sequence(8), local=True)
+    (chunk,) = scheduler.schedule().chunks
+    reservation.sequence.num_computed = chunk.end
+    scheduler.prefix.publish(reservation.sequence, 0)
+    assert scheduler.retry(reservation, 1, local=True)
+    assert [(chunk.start, chunk.end) for chunk in scheduler.schedule().chunks] == [(4, 8)]
+    scheduler.check()
+
+
 def test_an_attempt_that_was_never_minted_is_invalid():
     scheduler = make_scheduler()
     reservation = scheduler.open(make_sequence(8), local=False)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 
 import torch
 
 from common.blocks import BlockPool
 from common.clock import FakeClock
 from common.engine.kv_cache import KvCache
-from common.engine.prefiller import FirstToken
+from common.engine.prefill_step import FirstToken
 from common.engine.prefix import PrefixCache
 from common.metrics import DecodeMetrics
 from common.model.config import ModelConfig
@@ -53,6 +54,20 @@ class Memory:
             assert self._slots[slot] == (position, token), f"position {position} of {num_positions}"
 
 
+class RememberedStep:
+    """Chunks whose KV is in the memory already, as everything that is computed after them finds it."""
+
+    def __init__(self, chunks, first_tokens) -> None:
+        self.chunks = chunks
+        self.first_tokens = first_tokens
+
+    def wait(self):
+        pass
+
+    def read(self):
+        return self.first_tokens
+
+
 class RememberingPrefiller:
     device = torch.device(TEST_DEVICE)
 
@@ -73,7 +88,7 @@ class RememberingPrefiller:
             if sequence.prefilled:
                 token = token_at(sequence.request.sampling.seed, sequence.num_tokens)
                 first_tokens[sequence] = FirstToken(token, None, ())
-        return first_tokens
+        return RememberedStep(chunks, first_tokens)
 
     def forget(self, sequence):
         pass
@@ -114,10 +129,12 @@ class KeptSteps:
     """In place of the thread that waits for tokens: they come when `land` is called."""
 
     def __init__(self) -> None:
-        self.steps: list = []
+        # Steps of each kind as they were launched, with what to call when their tokens have come.
+        self.decodes: deque = deque()
+        self.prefills: deque = deque()
 
-    def watch(self, step, launched_s):
-        self.steps.append((step, launched_s))
+    def watch(self, step, on_ready):
+        (self.prefills if isinstance(step, RememberedStep) else self.decodes).append((step, on_ready))
 
     def stop(self):
         pass
@@ -184,7 +201,10 @@ class ImitatedEngine(DecodeEngine):
             told = [Token(event) if isinstance(event, int) else event for event in of_sequence]
             self.happened.setdefault(sequence, []).extend(told)
 
-    def land(self):
-        """The tokens of the oldest step in flight come."""
-        if self.kept.steps:
-            self._land(*self.kept.steps.pop(0))
+    def land(self, steps):
+        """The tokens of the oldest step of a kind come; the engine's next turn looks at them."""
+        if steps:
+            step, on_ready = steps.popleft()
+            on_ready()
+            return step
+        return None

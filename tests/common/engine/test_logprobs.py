@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from common.engine import logprobs as module
-from common.engine.logprobs import prompt_logprobs
+from common.engine.logprobs import pack_prompt_logprobs, unpack_logprobs
 from common.engine.sampler import Sampler
 from common.engine.sampling_state import SamplingState
 from common.params import SamplingParams
 
 VOCAB = 300
 LOGITS = torch.randn(9, VOCAB, generator=torch.Generator().manual_seed(5)) * 5
+
+
+def prompt_logprobs(logits_TV, next_ids_T, num):
+    return [unpack_logprobs(row, num) for row in pack_prompt_logprobs(logits_TV, next_ids_T, num).tolist()]
 
 
 def expected(logits_V, token_id, num):
