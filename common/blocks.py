@@ -16,6 +16,7 @@ longest prefix.
 
 from __future__ import annotations
 
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -30,10 +31,10 @@ def block_hashes(token_ids: Sequence[int], block_size: int, *, seed: bytes) -> l
     `seed` keeps apart what must not be shared: the model fingerprint and the cache salt.
     """
     hashes: list[bytes] = []
-    parent = seed
-    for end in range(block_size, len(token_ids) + 1, block_size):
-        content = b"".join(token.to_bytes(4, "little") for token in token_ids[end - block_size : end])
-        parent = xxhash.xxh3_128_digest(parent + content)
+    parent, size = seed, 4 * block_size
+    content = struct.pack(f"<{len(token_ids)}I", *token_ids)
+    for end in range(size, len(content) + 1, size):
+        parent = xxhash.xxh3_128_digest(parent + content[end - size : end])
         hashes.append(parent)
     return hashes
 

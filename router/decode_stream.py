@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -93,42 +94,49 @@ class DecodeStream:
         timeout_s: float,
         deliver: Callable[[Event], None],
     ) -> None:
-        # None: there are no more.
-        self._commands: asyncio.Queue[decode_pb2.DecodeRequest | None] = asyncio.Queue()
-        self._commands.put_nowait(decode_pb2.DecodeRequest(open=opening))
-        self._call = stub.Decode(self._requests(), timeout=timeout_s)
+        self._call = stub.Decode(timeout=timeout_s)
+        # Requests go out one at a time, in order; few streams have any but the first.
+        self._writing = asyncio.Lock()
+        self._commands: set[asyncio.Task[None]] = set()
         self._deliver = deliver
         self._has_logprobs = opening.HasField("num_logprobs") or opening.HasField("num_prompt_logprobs")
         self._is_complete = False
-        self._reader = asyncio.create_task(self._read())
+        self._reader = asyncio.create_task(self._read(opening))
 
     def retry(self, attempt: int, *, local_prefill: bool) -> None:
         """Gives up `attempt` and asks for the next."""
         retry = decode_pb2.Retry(attempt=attempt, local_prefill=local_prefill)
-        self._commands.put_nowait(decode_pb2.DecodeRequest(retry=retry))
+        self._command(decode_pb2.DecodeRequest(retry=retry))
 
     def finish(self) -> None:
         """Asks for the completion: the output has met a stop string."""
-        self._commands.put_nowait(decode_pb2.DecodeRequest(finish=decode_pb2.Finish()))
+        self._command(decode_pb2.DecodeRequest(finish=decode_pb2.Finish()))
 
     def close(self) -> None:
         """Ends the stream, and with it the reservation. Nothing is delivered any more."""
-        self._commands.put_nowait(None)
         if not self._is_complete:
             self._reader.cancel()
             self._call.cancel()
 
-    async def _requests(self) -> AsyncIterator[decode_pb2.DecodeRequest]:
-        while (command := await self._commands.get()) is not None:
-            yield command
+    def _command(self, request: decode_pb2.DecodeRequest) -> None:
+        command = asyncio.create_task(self._write(request))
+        self._commands.add(command)
+        command.add_done_callback(self._commands.discard)
+
+    async def _write(self, request: decode_pb2.DecodeRequest) -> None:
+        # Whatever has ended the call is told by what is read from it.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            async with self._writing:
+                await self._call.write(request)
 
     def _chunk(self, message: decode_pb2.DecodeChunk) -> Chunk:
         if self._has_logprobs:
             return Chunk(message.token_ids[:], message.logprobs, message.prompt_logprobs)
         return Chunk(message.token_ids[:], (), ())
 
-    async def _read(self) -> None:
+    async def _read(self, opening: decode_pb2.Open) -> None:
         try:
+            await self._write(decode_pb2.DecodeRequest(open=opening))
             async for response in self._call:
                 kind = response.WhichOneof("response")
                 if kind == "chunk":

@@ -44,16 +44,20 @@ def test_what_is_urgent_takes_along_its_own_stream_alone(clock):
     assert sent[1:] == [{"a": [1]}]
 
 
-def test_more_streams_than_the_rate_allows_wait_for_longer(clock):
+def test_more_streams_than_the_rate_allows_take_turns(clock):
     box, sent = outbox(clock, rate=1000)
-    for stream in range(50):
-        box.put(stream, 1, can_wait=True)
-    clock.advance(0.049)
-    box.send()
-    assert not sent
-    clock.advance(0.002)
-    box.send()
-    assert len(sent[0]) == 50
+    for _ in range(4):
+        for stream in range(50):
+            box.put(stream, 1, can_wait=True)
+        clock.advance(0.0205)
+        box.send()
+    assert [list(streams) for streams in sent] == [
+        list(range(20)),
+        list(range(20, 40)),
+        [*range(40, 50), *range(10)],
+        list(range(10, 30)),
+    ]
+    assert [len(sent[index][0]) for index in (0, 2)] == [1, 2]
 
 
 def test_nothing_is_delivered_where_there_is_nothing(clock):
