@@ -24,7 +24,7 @@ from benchmarks.pipeline_heat_map import best_of, cells_of, draw
 from benchmarks.pipeline_steps import Workload, compile_all
 from benchmarks.report import Report, environment, table
 from benchmarks.shapes import PIPELINE_SHAPES, TINY, Shape
-from decode_service.arrangements import Cell
+from decode_service.pipeline.arrangements import Cell
 
 NAME = "decode-pipeline"
 # Where a pipeline can pay comes first: batches whose products are bound by compute, long contexts.

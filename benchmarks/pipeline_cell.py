@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks.pipeline_device import Device, Pair, Replay
 from benchmarks.pipeline_steps import Workload
 from common.model.batch import ForwardBatch
-from decode_service.arrangements import Cell
-from decode_service.calibration import StageTime
-from decode_service.pipeline_order import Cut, Lane, Order, Span, Stage
-from decode_service.pipelined_step import bounds
-from decode_service.stage_times import StageTimes
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.calibration import StageTime
+from decode_service.pipeline.execution import bounds
+from decode_service.pipeline.order import Cut, Lane, Order, Span, Stage
+from decode_service.pipeline.stage_times import StageTimes
 
 # What attention is given where stages are timed alone; other splits are interpolated.
 SOLO_SPLITS = (16, 32, 48, 64, 80, 96, 112)

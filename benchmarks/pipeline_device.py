@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from common.engine.graphs import capture
-from decode_service.green_manager import MIN_SM, STEP_SM, GreenManager
-from decode_service.pipeline_order import Lane
-from decode_service.pipelined_step import Streams
-from decode_service.stage_clock import StageClock, stage_clock
+from decode_service.pipeline.execution import Streams
+from decode_service.pipeline.order import Lane
+from decode_service.pipeline.stage_clock import StageClock, stage_clock
+from decode_service.sm.green_manager import MIN_SM, STEP_SM, GreenManager
 
 # Computes a step (on a GPU: enqueues it) and returns its logits, which stay until the next replay of the same step.
 Replay = Callable[[], tuple[Tensor, ...]]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_service.arrangements import Cell
+from decode_service.pipeline.arrangements import Cell
 
 # Gains at the ends of the colour scale, and beyond.
 MOST = 1.2

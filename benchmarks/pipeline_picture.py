@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_service.pipeline_order import Lane, Stage, Timeline
-from decode_service.pipeline_trace import Track, micro_batch_name
+from decode_service.pipeline.order import Lane, Stage, Timeline
+from decode_service.pipeline.trace import Track, micro_batch_name
 
 # Of micro-batches, in two shades for layers in turn. Colours of Okabe and Ito, which the colour-blind tell apart.
 COLOURS = (("#0072B2", "#5BA9D6"), ("#D55E00", "#F09A55"), ("#009E73", "#5CC4A5"), ("#CC79A7", "#E3B1CD"))

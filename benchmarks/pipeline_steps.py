@@ -21,10 +21,10 @@ from common.engine.kv_cache import KvCache
 from common.model.batch import ForwardBatch
 from common.model.config import ModelConfig
 from common.model.loader import load_model
-from decode_service.arrangements import Cell
-from decode_service.pipeline_order import Cut, Order, order
-from decode_service.pipelined_step import run_pipelined
-from decode_service.stage_clock import StageClock
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.execution import run_pipelined
+from decode_service.pipeline.order import Cut, Order, order
+from decode_service.pipeline.stage_clock import StageClock
 
 BLOCK_SIZE = 16
 

@@ -26,9 +26,9 @@ from benchmarks.pipeline_picture import draw, step_s
 from benchmarks.pipeline_steps import Workload
 from benchmarks.report import environment
 from benchmarks.shapes import PIPELINE_SHAPES
-from decode_service.arrangements import Cell
-from decode_service.pipeline_order import Cut, Lane, order, timeline
-from decode_service.pipeline_trace import Track, chrome_trace
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.order import Cut, Lane, order, timeline
+from decode_service.pipeline.trace import Track, chrome_trace
 
 STEPS = 3
 

@@ -15,18 +15,18 @@ from common.engine.preparation import capturing, prepare_prefill, preparing
 from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
-from decode_service.calibrating import calibrate, cells_to_measure
-from decode_service.calibration import Calibration
-from decode_service.calibration_file import CalibrationKey, default_folder, load, save
-from decode_service.decisions import Mode
 from decode_service.engine import DecodeEngine, OnEvents
-from decode_service.green_manager import GreenManager
-from decode_service.pipeline import Ask, PipelineScheduler
-from decode_service.pipeline_order import Cut
+from decode_service.pipeline.calibrating import calibrate, cells_to_measure
+from decode_service.pipeline.calibration import Calibration
+from decode_service.pipeline.calibration_file import CalibrationKey, default_folder, load, save
+from decode_service.pipeline.decisions import Mode
+from decode_service.pipeline.order import Cut
+from decode_service.pipeline.scheduler import Ask, PipelineScheduler
+from decode_service.pipeline.stage_measuring import StageMeasuring
+from decode_service.pipeline.step_runner import StepRunner
 from decode_service.runner import DecodeRunner, HostRunner
 from decode_service.scheduler import DecodeScheduler
-from decode_service.stage_measuring import StageMeasuring
-from decode_service.step_runner import StepRunner
+from decode_service.sm.green_manager import GreenManager
 
 log = logging.getLogger(__name__)
 

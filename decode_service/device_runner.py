@@ -16,11 +16,11 @@ from common.engine.sampling_state import SamplingState
 from common.engine.special_rows import PackedLogprobs, SpecialRows
 from common.kernels.sampling import sample
 from common.params import is_special
-from decode_service.pipeline import PipelineScheduler
-from decode_service.pipelined_step import bounds
+from decode_service.pipeline.execution import bounds
+from decode_service.pipeline.scheduler import PipelineScheduler
+from decode_service.pipeline.step_runner import NUM_MICRO_BATCHES
 from decode_service.reservations import Reservation
 from decode_service.rows import DecodeRows, TokenSource
-from decode_service.step_runner import NUM_MICRO_BATCHES
 
 # The KV of two micro-batches is compared once in so many steps, and one pair of rows exchanged at most: lengths differ
 # slowly, and an exchange is a copy to the device.

@@ -26,7 +26,7 @@ from common.sequence import Sequence
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
 from common.transport.receiving import Done
 from decode_service.outbox import Outbox
-from decode_service.pipeline import PipelineScheduler, PipelineStats
+from decode_service.pipeline.scheduler import PipelineScheduler, PipelineStats
 from decode_service.reservations import Reservation, State, Verdict
 from decode_service.runner import DecodeRunner, Launched, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan

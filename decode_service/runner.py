@@ -20,7 +20,7 @@ from common.engine.kv_cache import KvCache
 from common.engine.prefiller import add_to_state
 from common.engine.sampler import SampledBatch, Sampler
 from common.engine.sampling_state import SamplingState
-from decode_service.pipeline import PipelineScheduler
+from decode_service.pipeline.scheduler import PipelineScheduler
 from decode_service.reservations import Reservation
 
 

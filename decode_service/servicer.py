@@ -13,11 +13,11 @@ from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError
 from common.sequence import Sequence
 from common.worker import WorkerFront
-from decode_service.decisions import Mode
 from decode_service.engine import Completed, DecodeEngine, Event
 from decode_service.pairs import PairServer
-from decode_service.pipeline import PipelineStats
-from decode_service.pipeline_order import Cut
+from decode_service.pipeline.decisions import Mode
+from decode_service.pipeline.order import Cut
+from decode_service.pipeline.scheduler import PipelineStats
 from decode_service.streams import Mailbox, responses
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 

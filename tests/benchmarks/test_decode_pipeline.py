@@ -17,10 +17,10 @@ from benchmarks.pipeline_cell import Timed, best_splits, candidates, same, stage
 from benchmarks.pipeline_device import HostDevice
 from benchmarks.pipeline_heat_map import best_of, draw, label
 from benchmarks.shapes import PIPELINE_SHAPES
-from decode_service.arrangements import Cell
-from decode_service.calibration import StageTime
-from decode_service.pipeline_order import Cut, Lane, Span, Stage, order
-from decode_service.stage_times import StageTimes
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.calibration import StageTime
+from decode_service.pipeline.order import Cut, Lane, Span, Stage, order
+from decode_service.pipeline.stage_times import StageTimes
 
 SHAPE = replace(PIPELINE_SHAPES["8B"], num_layers=8)
 GIB = 1 << 30

@@ -10,8 +10,8 @@ from benchmarks.pipeline_device import GraphDevice
 from benchmarks.pipeline_steps import Workload
 from benchmarks.pipeline_trace import measured
 from benchmarks.shapes import Shape
-from decode_service.arrangements import Cell
-from decode_service.pipeline_order import Cut
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.order import Cut
 from tests.support.device import needs_gpus
 
 pytest.importorskip("triton")

@@ -12,8 +12,8 @@ from benchmarks.pipeline_picture import idle_share, step_s
 from benchmarks.pipeline_steps import Workload
 from benchmarks.pipeline_trace import measured, simulated, write
 from benchmarks.shapes import TINY
-from decode_service.arrangements import Cell
-from decode_service.pipeline_order import Cut, Lane
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.order import Cut, Lane
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from decode_service.arrangements import Arrangement, Cell
-from decode_service.calibration import Calibration, CellCalibration, StageTime, StepTime
-from decode_service.calibration_file import FORMAT, CalibrationKey, load, save
-from decode_service.pipeline_order import Cut, Lane
+from decode_service.pipeline.arrangements import Arrangement, Cell
+from decode_service.pipeline.calibration import Calibration, CellCalibration, StageTime, StepTime
+from decode_service.pipeline.calibration_file import FORMAT, CalibrationKey, load, save
+from decode_service.pipeline.order import Cut, Lane
 
 KEY = CalibrationKey(gpu_name="NVIDIA H200", num_sm=132, driver="580.159", model="8b-bf16", code="3")
 CALIBRATION = Calibration(

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from decode_service.green_contexts import GreenContextDriver
-from decode_service.partitions import DriverError, NoPartitions, State
+from decode_service.sm.green_contexts import GreenContextDriver
+from decode_service.sm.partitions import DriverError, NoPartitions, State
 from tests.fakes.cuda_driver import CUresult, FakeCudaDriver
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from decode_service.green_contexts import GreenContextDriver
-from decode_service.green_manager import GreenManager
-from decode_service.partition_streams import TorchStreams
-from decode_service.partitions import DriverError, State
+from decode_service.sm.green_contexts import GreenContextDriver
+from decode_service.sm.green_manager import GreenManager
+from decode_service.sm.partition_streams import TorchStreams
+from decode_service.sm.partitions import DriverError, State
 from tests.support.device import needs_gpus
 
 pytest.importorskip("triton")

@@ -3,10 +3,10 @@ import logging
 import pytest
 import torch
 
-from decode_service.green_manager import GreenManager
-from decode_service.partition_check import why_no_partitions
-from decode_service.partition_streams import SmIds
-from decode_service.partitions import NoPartitions, State
+from decode_service.sm.green_manager import GreenManager
+from decode_service.sm.partition_check import why_no_partitions
+from decode_service.sm.partition_streams import SmIds
+from decode_service.sm.partitions import NoPartitions, State
 from tests.fakes.gpu import FakeGpu
 
 

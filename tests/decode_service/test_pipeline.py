@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from common.errors import FailedPrecondition
-from decode_service.decisions import Mode
-from decode_service.green_manager import GreenManager
-from decode_service.partitions import NoPartitions, State
-from decode_service.pipeline_order import Cut
-from decode_service.stage_measuring import StageMeasuring
-from decode_service.step_runner import NoWay
+from decode_service.pipeline.decisions import Mode
+from decode_service.pipeline.order import Cut
+from decode_service.pipeline.stage_measuring import StageMeasuring
+from decode_service.pipeline.step_runner import NoWay
+from decode_service.sm.green_manager import GreenManager
+from decode_service.sm.partitions import NoPartitions, State
 from tests.fakes.gpu import FakeGpu
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import VOCAB, make_request

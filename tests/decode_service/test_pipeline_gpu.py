@@ -11,11 +11,11 @@ import torch
 from common.engine.kv_cache import KvCache
 from common.engine.sliced_capture import SlicedCapture
 from common.model.batch import ForwardBatch
-from decode_service import step_runner
-from decode_service.decisions import Mode
-from decode_service.green_manager import GreenManager
-from decode_service.pipeline_order import Cut, Lane, order
-from decode_service.pipelined_step import each_stage, run_pipelined, untimed
+from decode_service.pipeline import step_runner
+from decode_service.pipeline.decisions import Mode
+from decode_service.pipeline.execution import each_stage, run_pipelined, untimed
+from decode_service.pipeline.order import Cut, Lane, order
+from decode_service.sm.green_manager import GreenManager
 from tests.support.device import needs_gpus
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import VOCAB, make_request

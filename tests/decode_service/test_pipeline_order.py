@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_service.pipeline_order import Cut, Lane, Stage, order, timeline
+from decode_service.pipeline.order import Cut, Lane, Stage, order, timeline
 
 A, F = Lane.ATTENTION, Lane.FFN
 orders = st.builds(order, st.sampled_from(Cut), st.integers(1, 6), st.integers(1, 4))

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from decode_service.arrangements import Arrangement, Cell, cell_of
-from decode_service.calibration import Calibration
-from decode_service.cell_policy import LOSING
-from decode_service.decisions import Change, Mode, Purpose, Reason
-from decode_service.pipeline_order import Cut
-from decode_service.pipeline_policy import PipelinePolicy
-from decode_service.windows import WINDOW
+from decode_service.pipeline.arrangements import Arrangement, Cell, cell_of
+from decode_service.pipeline.calibration import Calibration
+from decode_service.pipeline.cell_policy import LOSING
+from decode_service.pipeline.decisions import Change, Mode, Purpose, Reason
+from decode_service.pipeline.order import Cut
+from decode_service.pipeline.policy import PipelinePolicy
+from decode_service.pipeline.windows import WINDOW
 from tests.support.partition_model import ARRANGEMENTS, PartitionModel
 
 BALANCED, ATTENTION_HEAVY, FFN_HEAVY = Cell(1024, 512), Cell(1024, 1024), Cell(1024, 256)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from decode_service.arrangements import Arrangement, Cell
-from decode_service.average import MOST, Average
-from decode_service.calibration import StageTime
-from decode_service.pipeline_order import Cut, Lane
-from decode_service.predictions import Predictions
-from decode_service.stage_times import StageTimes
+from decode_service.pipeline.arrangements import Arrangement, Cell
+from decode_service.pipeline.average import MOST, Average
+from decode_service.pipeline.calibration import StageTime
+from decode_service.pipeline.order import Cut, Lane
+from decode_service.pipeline.predictions import Predictions
+from decode_service.pipeline.stage_times import StageTimes
 from tests.support.partition_model import ARRANGEMENTS, PartitionModel
 
 CELL = Cell(1024, 512)

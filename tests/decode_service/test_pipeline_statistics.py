@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from decode_service.pipeline import PROFILE_EVERY
-from decode_service.pipeline_order import Cut, Lane, Span, order
-from decode_service.pipeline_statistics import PipelineStatistics
+from decode_service.pipeline.order import Cut, Lane, Span, order
+from decode_service.pipeline.scheduler import PROFILE_EVERY
+from decode_service.pipeline.step_statistics import PipelineStatistics
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import make_request
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from decode_service.pipeline_order import Cut, Lane, order, timeline
-from decode_service.pipeline_trace import Track, chrome_trace
+from decode_service.pipeline.order import Cut, Lane, order, timeline
+from decode_service.pipeline.trace import Track, chrome_trace
 
 STEPS = order(Cut.ATTENTION_CORE, 3, 2)
 SPANS = timeline(STEPS, lambda stage: 2e-3 if stage.lane is Lane.FFN else 1e-3)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from common.model.batch import ForwardBatch
 from common.model.loader import load_model
 from common.model.qwen3 import Qwen3ForCausalLM
-from decode_service.pipeline_order import Cut, order
-from decode_service.pipelined_step import ROWS_TOGETHER, bounds, run_pipelined
+from decode_service.pipeline.execution import ROWS_TOGETHER, bounds, run_pipelined
+from decode_service.pipeline.order import Cut, order
 from tests.common.model.folders import config_folder
 from tests.common.model.paged import PagedRunner
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from decode_service.partition_streams import SmIds
-from decode_service.partitions import DriverError, SmGroup
+from decode_service.sm.partition_streams import SmIds
+from decode_service.sm.partitions import DriverError, SmGroup
 
 
 class FakeStream:

@@ -9,8 +9,8 @@ from threading import Thread
 import pytest
 import torch
 
-from decode_service.green_manager import GreenManager
-from decode_service.partitions import NoPartitions, State
+from decode_service.sm.green_manager import GreenManager
+from decode_service.sm.partitions import NoPartitions, State
 from pdserve.cli import doctor
 from pdserve.cli.doctor import cuda_probe, machine, requirements
 from pdserve.cli.doctor.bounded import finished

@@ -12,8 +12,8 @@ from common.engine.setup import build
 from common.metrics import DecodeMetrics
 from decode_service.assembly import make_pipeline, make_runner, prepare
 from decode_service.engine import Completed, DecodeEngine, Lost, Token
-from decode_service.green_manager import GreenManager
 from decode_service.scheduler import DecodeScheduler
+from decode_service.sm.green_manager import GreenManager
 from tests.support.device import WORKER_SETTINGS
 from tests.support.models import dummy_model_folder
 

@@ -7,9 +7,9 @@ import math
 import random
 from dataclasses import dataclass, field, replace
 
-from decode_service.arrangements import Arrangement, Arrangements, Cell
-from decode_service.calibration import CellCalibration, StageTime, StepTime
-from decode_service.pipeline_order import Cut, Lane, Stage, Timeline, order, timeline
+from decode_service.pipeline.arrangements import Arrangement, Arrangements, Cell
+from decode_service.pipeline.calibration import CellCalibration, StageTime, StepTime
+from decode_service.pipeline.order import Cut, Lane, Stage, Timeline, order, timeline
 
 NUM_SM = 132
 PAIRS = [(16, 116), (32, 100), (48, 84), (64, 68), (80, 52), (96, 36)]

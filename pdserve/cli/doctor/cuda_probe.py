@@ -29,7 +29,7 @@ def init() -> str:
 def green_contexts() -> str:
     """Splits the first device as a decode worker does, which lets kernels say where they run."""
     try:
-        torch, manager = import_module("torch"), import_module("decode_service.green_manager")
+        torch, manager = import_module("torch"), import_module("decode_service.sm.green_manager")
     except ModuleNotFoundError as error:
         raise Missing(str(error)) from None
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from decode_service.partition_check import why_no_partitions
-from decode_service.partition_streams import SmStreams
-from decode_service.partitions import DriverError, NoPartitions, PartitionDriver, SmGroup, State
+from decode_service.sm.partition_check import why_no_partitions
+from decode_service.sm.partition_streams import SmStreams
+from decode_service.sm.partitions import DriverError, NoPartitions, PartitionDriver, SmGroup, State
 
 log = logging.getLogger(__name__)
 

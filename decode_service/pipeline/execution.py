@@ -1,4 +1,4 @@
-"""One decode step as micro-batches in two lanes: the order of `pipeline_order`, computed.
+"""One decode step as micro-batches in two lanes: an order, computed.
 
 With streams, each lane enqueues on its own and waits for the other lane by events; captured, these become the edges of
 a CUDA graph. Without, all stages run in the calling thread's stream, one after the other, in an order that a pipeline
@@ -18,7 +18,7 @@ from torch import Tensor
 from common.engine.kv_cache import KvCache
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Qwen3ForCausalLM
-from decode_service.pipeline_order import Cut, Lane, Order, Stage
+from decode_service.pipeline.order import Cut, Lane, Order, Stage
 
 # Takes the logits of consecutive rows and the first of them: draws their tokens, where that belongs to the step.
 Finish = Callable[[Tensor, int], None]

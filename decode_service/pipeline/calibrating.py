@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from decode_service.arrangements import SHORTEST_CONTEXT, Cell
-from decode_service.calibration import Calibration, CellCalibration, StageTime
-from decode_service.green_manager import GreenManager
-from decode_service.pipeline_order import Cut, Lane
-from decode_service.stage_measuring import StageMeasuring
+from decode_service.pipeline.arrangements import SHORTEST_CONTEXT, Cell
+from decode_service.pipeline.calibration import Calibration, CellCalibration, StageTime
+from decode_service.pipeline.order import Cut, Lane
+from decode_service.pipeline.stage_measuring import StageMeasuring
+from decode_service.sm.green_manager import GreenManager
 
 # Below, stages are too short for a pipeline to pay.
 FEWEST_SEQS = 32

@@ -17,11 +17,11 @@ from common.engine.graphs import capture
 from common.engine.kv_cache import KvCache
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Activations, Attended, Projected, Qwen3ForCausalLM
-from decode_service.arrangements import Cell
-from decode_service.calibration import StageTime
-from decode_service.pipeline_order import Cut, Lane, Stage, order
-from decode_service.pipelined_step import bounds, run_stage
-from decode_service.step_runner import NUM_MICRO_BATCHES
+from decode_service.pipeline.arrangements import Cell
+from decode_service.pipeline.calibration import StageTime
+from decode_service.pipeline.execution import bounds, run_stage
+from decode_service.pipeline.order import Cut, Lane, Stage, order
+from decode_service.pipeline.step_runner import NUM_MICRO_BATCHES
 
 MOST_LAYERS = 8
 REPEATS = 5

@@ -6,9 +6,9 @@ import copy
 import statistics
 from collections.abc import Mapping, Sequence
 
-from decode_service.average import Average
-from decode_service.calibration import StageTime
-from decode_service.pipeline_order import Cut, Lane, Timeline, order, timeline
+from decode_service.pipeline.average import Average
+from decode_service.pipeline.calibration import StageTime
+from decode_service.pipeline.order import Cut, Lane, Timeline, order, timeline
 
 NUM_MICRO_BATCHES = 2
 NUM_SAMPLES = 3

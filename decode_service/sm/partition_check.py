@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decode_service.partition_streams import SmIds
+from decode_service.sm.partition_streams import SmIds
 
 
 def why_no_partitions(num_sms: int, attention_sm: int, ffn_sm: int, seen: list[SmIds]) -> str:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from decode_service.arrangements import Arrangement, Cell
-from decode_service.calibration import Calibration, CellCalibration, StageTime, StepTime
-from decode_service.pipeline_order import Cut, Lane
+from decode_service.pipeline.arrangements import Arrangement, Cell
+from decode_service.pipeline.calibration import Calibration, CellCalibration, StageTime, StepTime
+from decode_service.pipeline.order import Cut, Lane
 
 log = logging.getLogger(__name__)
 

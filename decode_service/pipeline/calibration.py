@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from decode_service.arrangements import Arrangement, Cell
-from decode_service.pipeline_order import Cut, Lane
+from decode_service.pipeline.arrangements import Arrangement, Cell
+from decode_service.pipeline.order import Cut, Lane
 
 
 class StageTime(NamedTuple):

@@ -21,12 +21,12 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from decode_service.arrangements import Arrangement, Arrangements, Cell
-from decode_service.average import Average
-from decode_service.decisions import Change, Purpose, Reason, Run
-from decode_service.pipeline_order import Cut, Lane
-from decode_service.predictions import Predictions
-from decode_service.windows import Pause, Window
+from decode_service.pipeline.arrangements import Arrangement, Arrangements, Cell
+from decode_service.pipeline.average import Average
+from decode_service.pipeline.decisions import Change, Purpose, Reason, Run
+from decode_service.pipeline.order import Cut, Lane
+from decode_service.pipeline.predictions import Predictions
+from decode_service.pipeline.windows import Pause, Window
 
 # In windows.
 HOLD = 3

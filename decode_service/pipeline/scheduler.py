@@ -1,7 +1,7 @@
 """The attention/FFN pipeline as the engine sees it: one entry for a decode step, and what can be asked and changed.
 
-How each step is computed is chosen here (`pipeline_policy`), computed by `step_runner` on the streams of
-`green_manager`, and what it took goes back into the choice. Whatever keeps a step from being pipelined has a name, and
+How each step is computed is chosen here by the policy, computed by the step runner on the streams of the green manager,
+and what it took goes back into the choice. Whatever keeps a step from being pipelined has a name, and
 the step is then a sequential one.
 """
 
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from common.errors import FailedPrecondition
 from common.model.batch import ForwardBatch
-from decode_service.arrangements import Arrangement, Arrangements, Cell, cell_of
-from decode_service.calibration import Calibration
-from decode_service.decisions import Mode, Purpose, Reason, Run
-from decode_service.green_manager import GreenManager
-from decode_service.pipeline_order import Cut, Lane
-from decode_service.pipeline_policy import PipelinePolicy
-from decode_service.pipeline_statistics import PipelineStatistics
-from decode_service.pipelined_step import Finish, no_finish
-from decode_service.step_runner import NoWay, StepRunner, Way
+from decode_service.pipeline.arrangements import Arrangement, Arrangements, Cell, cell_of
+from decode_service.pipeline.calibration import Calibration
+from decode_service.pipeline.decisions import Mode, Purpose, Reason, Run
+from decode_service.pipeline.execution import Finish, no_finish
+from decode_service.pipeline.order import Cut, Lane
+from decode_service.pipeline.policy import PipelinePolicy
+from decode_service.pipeline.step_runner import NoWay, StepRunner, Way
+from decode_service.pipeline.step_statistics import PipelineStatistics
+from decode_service.sm.green_manager import GreenManager
 
 log = logging.getLogger(__name__)
 

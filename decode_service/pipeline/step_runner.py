@@ -18,12 +18,12 @@ from common.engine.kv_cache import KvCache
 from common.engine.sliced_capture import SlicedCapture
 from common.model.batch import ForwardBatch
 from common.model.qwen3 import Qwen3ForCausalLM
-from decode_service.arrangements import Arrangement
-from decode_service.green_manager import GreenManager
-from decode_service.pipeline_order import Cut, Lane, Order, Span, Stage, order
-from decode_service.pipelined_step import Finish, each_stage, no_finish, untimed
-from decode_service.sm_pairs import SmPair
-from decode_service.stage_clock import StageClock, stage_clock
+from decode_service.pipeline.arrangements import Arrangement
+from decode_service.pipeline.execution import Finish, each_stage, no_finish, untimed
+from decode_service.pipeline.order import Cut, Lane, Order, Span, Stage, order
+from decode_service.pipeline.stage_clock import StageClock, stage_clock
+from decode_service.sm.green_manager import GreenManager
+from decode_service.sm.sm_pairs import SmPair
 
 NUM_MICRO_BATCHES = 2
 # Of a capture, after each step: a step's launch is not to come late for it.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from decode_service.pipeline_order import Cut
+from decode_service.pipeline.order import Cut
 
 # Tokens; contexts up to here are one range.
 SHORTEST_CONTEXT = 256

@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from decode_service.partitions import DriverError, NoPartitions, SmGroup, State
+from decode_service.sm.partitions import DriverError, NoPartitions, SmGroup, State
 
 # cuGreenCtxStreamCreate is of CUDA 12.5, the other calls are of 12.4.
 MIN_CUDA_VERSION = 12050

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from decode_service.pipeline_order import Lane, Order, Span, Stage, Timeline
+from decode_service.pipeline.order import Lane, Order, Span, Stage, Timeline
 
 # Colours of chrome://tracing by their reserved names, one a micro-batch, then from the start again.
 COLOURS = ("thread_state_running", "thread_state_iowait", "rail_animation", "rail_load")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-from decode_service.arrangements import Arrangement, Arrangements
-from decode_service.average import Average
-from decode_service.calibration import CellCalibration
-from decode_service.pipeline_order import Cut, Lane
-from decode_service.stage_times import StageTimes
+from decode_service.pipeline.arrangements import Arrangement, Arrangements
+from decode_service.pipeline.average import Average
+from decode_service.pipeline.calibration import CellCalibration
+from decode_service.pipeline.order import Cut, Lane
+from decode_service.pipeline.stage_times import StageTimes
 
 
 class Predictions:

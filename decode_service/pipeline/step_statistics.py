@@ -6,7 +6,7 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from decode_service.pipeline_order import Lane, Order, Span, Stage, Timeline
+from decode_service.pipeline.order import Lane, Order, Span, Stage, Timeline
 
 # Stages whose times the percentiles are of, for each lane.
 NUM_STAGES = 4096

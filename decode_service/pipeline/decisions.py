@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-from decode_service.arrangements import Arrangement, Cell
+from decode_service.pipeline.arrangements import Arrangement, Cell
 
 
 class Mode(Enum):

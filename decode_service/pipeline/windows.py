@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from decode_service.decisions import Purpose
+from decode_service.pipeline.decisions import Purpose
 
 # Steps between two decisions. The first may be a sample, the middle one a probe.
 WINDOW = 32

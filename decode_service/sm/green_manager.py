@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from decode_service.green_contexts import GreenContextDriver
-from decode_service.partition_streams import SmStreams, TorchStreams
-from decode_service.partitions import NoPartitions, PartitionDriver, State
-from decode_service.sm_pairs import BuiltPair, SmPair, build_partitioned, build_plain, destroy
+from decode_service.sm.green_contexts import GreenContextDriver
+from decode_service.sm.partition_streams import SmStreams, TorchStreams
+from decode_service.sm.partitions import NoPartitions, PartitionDriver, State
+from decode_service.sm.sm_pairs import BuiltPair, SmPair, build_partitioned, build_plain, destroy
 
 log = logging.getLogger(__name__)
 

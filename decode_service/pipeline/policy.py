@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from decode_service.arrangements import Arrangement, Arrangements, Cell, cell_of
-from decode_service.calibration import Calibration
-from decode_service.cell_policy import CellPolicy
-from decode_service.decisions import Change, Mode, Purpose, Reason, Run
-from decode_service.pipeline_order import Lane
-from decode_service.predictions import Predictions
+from decode_service.pipeline.arrangements import Arrangement, Arrangements, Cell, cell_of
+from decode_service.pipeline.calibration import Calibration
+from decode_service.pipeline.cell_policy import CellPolicy
+from decode_service.pipeline.decisions import Change, Mode, Purpose, Reason, Run
+from decode_service.pipeline.order import Lane
+from decode_service.pipeline.predictions import Predictions
 
 
 class PipelinePolicy:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from decode_service.pipeline_order import Span, Stage
+from decode_service.pipeline.order import Span, Stage
 
 
 class StageClock(Protocol):
