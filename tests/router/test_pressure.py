@@ -218,7 +218,9 @@ async def test_after_slow_steps_prompts_come_one_by_one_until_the_batch_bears_th
         await eventually(lambda: cluster.decode.opened)
         cluster.decode.may_reserve.set()
         await asyncio.gather(*map(Reply.of, calls))
-        assert _order(cluster.decode)[0] == "a"
+        # What was on its way has joined the batch, so two may come at once, in whatever order their streams are opened.
+        order = _order(cluster.decode)
+        assert (set(order[:2]), order[2]) == ({"a", "b"}, "c")
 
 
 async def test_a_prompt_that_would_leave_too_few_blocks_free_is_held_back():
