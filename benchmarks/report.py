@@ -145,8 +145,8 @@ def _cpu_name() -> str:
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     """Markdown; columns in the order in which rows first have them."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return lines + ["| " + " | ".join(_text(row.get(column, "")) for column in columns) + " |" for row in rows]
 

@@ -151,7 +151,10 @@ class PipelineScheduler:
         plain = Way(batch.num_seqs)
         if not self._runner.is_ready(way):
             self._prepare(way, batch, finish)
-            way, run = plain, self._instead(run)
+            # A profile that cannot be made yet changes nothing else.
+            way = way._replace(profiled=False)
+            if self._policy is None or not self._runner.is_ready(way):
+                way, run = plain, self._instead(run)
         reference = self._reference(way, batch)
         try:
             logits = self._runner.run(way, batch, finish)

@@ -79,6 +79,20 @@ def test_statistics_show_what_runs(gpu):
     assert stats.attention_queue_depth > 0
 
 
+def test_a_profile_that_is_not_captured_yet_leaves_the_step_pipelined(gpu, monkeypatch):
+    running = engine(gpu, decode_pipeline_profiling=True, **STATIC)
+    prepared = []
+    monkeypatch.setattr(running.pipeline._runner, "is_ready", lambda way: not way.profiled)
+    monkeypatch.setattr(running.pipeline._runner, "prepare", lambda way, *_: prepared.append(way))
+    for sequence in requests(4, max_tokens=80):
+        running.open(sequence, local=True)
+    while running.pipeline.stats().num_steps < 10:
+        running.turn()
+    stats = running.pipeline.stats()
+    assert [(way.profiled, way.arrangement is not None) for way in prepared] == [(True, True)]
+    assert (stats.num_pipelined_steps, stats.num_profiled_steps) == (stats.num_steps, 0)
+
+
 def test_modes_change_between_steps_and_cost_no_token(gpu):
     expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(6, max_tokens=30))
     changing = engine(gpu, decode_pipeline="disabled")
