@@ -34,7 +34,7 @@ from common.transport.checksum import warm_up
 from common.transport.messages import AttemptKey, AttemptOutcome, Commit, PairIdentity, TransferStatus
 from common.transport.sending import SendingPair
 from common.transport.transports import Transports
-from decode_service.engine import Completed, Event, Lost, Reserved, Token
+from decode_service.events import Completed, Event, Lost, Reserved, Token
 from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2_grpc
 from prefill_service.pairs import PairRegistry

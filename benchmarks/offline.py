@@ -18,7 +18,7 @@ from common.metrics import DecodeMetrics
 from common.params import SamplingParams, StoppingParams
 from common.sequence import Request, Sequence
 from decode_service.assembly import make_engine, prepare
-from decode_service.engine import Completed, Event, Lost, Token
+from decode_service.events import Completed, Event, Lost, Token
 
 
 class OfflineEngine:

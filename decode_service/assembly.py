@@ -15,7 +15,8 @@ from common.engine.preparation import capturing, prepare_prefill, preparing
 from common.engine.setup import WorkerParts
 from common.load import Load
 from common.metrics import DecodeMetrics
-from decode_service.engine import DecodeEngine, OnEvents
+from decode_service.engine import DecodeEngine
+from decode_service.events import OnEvents
 from decode_service.pipeline.calibrating import calibrate, cells_to_measure
 from decode_service.pipeline.calibration import Calibration
 from decode_service.pipeline.calibration_file import CalibrationKey, default_folder, load, save

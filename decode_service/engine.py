@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,62 +21,20 @@ from common.errors import Internal, PdserveError
 from common.load import Load, StepTimer
 from common.metrics import DecodeMetrics
 from common.model.config import ModelConfig
-from common.params import TokenLogprob
 from common.sequence import Sequence
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
 from common.transport.receiving import Done
+from decode_service.events import Completed, Event, Lost, OnEvents, Reserved, Token
 from decode_service.outbox import Outbox
 from decode_service.pipeline.scheduler import PipelineScheduler, PipelineStats
-from decode_service.reservations import Reservation, State, Verdict
+from decode_service.reservations import Reservation, State
 from decode_service.runner import DecodeRunner, Launched, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan
-
-
-class Reserved(NamedTuple):
-    reservation: int
-    attempt: int
-    num_cached_tokens: int
-    queue_ms: float
-
-
-class Lost(NamedTuple):
-    """The attempt is over; `preempted` or else its pair broke."""
-
-    attempt: int
-    preempted: bool
-    detail: str
-
-
-class Token(NamedTuple):
-    """A token and what is told with it. Most come as their id alone: one is made for every row of every step."""
-
-    token_id: int
-    logprob: TokenLogprob | None = None
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-class Completed(NamedTuple):
-    """The last event. `stop_token_id` is set when a stop token ended it, `by_length` when a limit did."""
-
-    by_length: bool
-    stop_token_id: int | None
-    num_output_tokens: int
-    kv_path: Verdict
-    kv_bytes: int
-    kv_transport: str
-    first_decode_ms: float
-    num_cached_tokens: int
-    local_prefill_ms: float
-
 
 # Of a calibration, at a time: a request that comes waits for it.
 CALIBRATE_S = 0.02
 # A sequence's first tokens never gather: somebody waits for them.
 FIRST_TOKENS = 2
-
-Event = Reserved | Lost | int | Token | Completed | PdserveError
-# Called from the engine thread, at most once a turn, with what is due; the events of a sequence in order.
-OnEvents = Callable[[dict[Sequence, list[Event]]], None]
 
 
 class DecodeEngine(EngineLoop):

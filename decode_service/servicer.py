@@ -13,7 +13,8 @@ from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError
 from common.sequence import Sequence
 from common.worker import WorkerFront
-from decode_service.engine import Completed, DecodeEngine, Event
+from decode_service.engine import DecodeEngine
+from decode_service.events import Completed, Event
 from decode_service.pairs import PairServer
 from decode_service.pipeline.decisions import Mode
 from decode_service.pipeline.order import Cut

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from common.errors import PdserveError
 from common.wire import logprob_to_proto, logprobs_to_proto
-from decode_service.engine import Completed, Event, Lost, Reserved, Token
+from decode_service.events import Completed, Event, Lost, Reserved, Token
 from decode_service.reservations import Verdict
 from pdserve.v1 import decode_pb2, types_pb2
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from decode_service.engine import Completed, Token
+from decode_service.events import Completed, Token
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import VOCAB, make_request
 

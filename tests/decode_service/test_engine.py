@@ -7,7 +7,7 @@ import torch
 
 from common.engine.kv_cache import KvCache
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
-from decode_service.engine import Completed, Lost, Reserved
+from decode_service.events import Completed, Lost, Reserved
 from decode_service.reservations import Verdict
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import VOCAB, make_request

@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("triton")
 
 from common.engine.prefill_step import FirstToken
-from common.errors import DeadlineExceeded, Internal
+from common.errors import DeadlineExceeded, Internal, PdserveError
 from common.transport.messages import AttemptKey, Commit, TransferStatus
-from decode_service.engine import Completed, PdserveError, Reserved, Token
+from decode_service.events import Completed, Reserved, Token
 from decode_service.reservations import State, Verdict
 from tests.support.imitation import ImitatedEngine, RememberedStep, token_at
 from tests.support.models import make_request

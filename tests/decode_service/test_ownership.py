@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from decode_service.engine import Completed, Lost, PdserveError, Token
+from common.errors import PdserveError
+from decode_service.events import Completed, Lost, Token
 from tests.support.imitation import NUM_TOKENS, ImitatedEngine, token_at
 from tests.support.models import make_request
 

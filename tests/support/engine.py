@@ -11,7 +11,8 @@ from common.config import DecodeConfig
 from common.engine.setup import build
 from common.metrics import DecodeMetrics
 from decode_service.assembly import make_pipeline, make_runner, prepare
-from decode_service.engine import Completed, DecodeEngine, Lost, Token
+from decode_service.engine import DecodeEngine
+from decode_service.events import Completed, Lost, Token
 from decode_service.scheduler import DecodeScheduler
 from decode_service.sm.green_manager import GreenManager
 from tests.support.device import WORKER_SETTINGS

@@ -20,7 +20,8 @@ from common.engine.prefix import PrefixCache
 from common.metrics import DecodeMetrics
 from common.model.config import ModelConfig
 from decode_service import device_runner
-from decode_service.engine import DecodeEngine, Token
+from decode_service.engine import DecodeEngine
+from decode_service.events import Token
 from decode_service.scheduler import DecodeScheduler
 from tests.support.device import TEST_DEVICE
 from tests.support.models import dummy_model_folder
