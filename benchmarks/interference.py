@@ -84,8 +84,8 @@ class WatchedEngine(OfflineEngine):
         # Of every turn that brought them tokens: when.
         self.moments: list[float] = []
 
-    async def until(self, sequence: Sequence, kind: type[Reserved] | type[Token] | type[Completed]) -> object:
-        """The next event of that kind; everything before it is forgotten."""
+    async def until(self, sequence: Sequence, kind: type[Reserved] | type[int] | type[Completed]) -> object:
+        """The next event of that kind, `int` being a token; everything before it is forgotten."""
         async with asyncio.timeout(WAIT_S):
             while True:
                 whose, event = await self.events.get()
@@ -252,7 +252,7 @@ async def observe(
         engine.engine.open(sequence, local=True)
     # In the order in which they came.
     for sequence in decodes:
-        await engine.until(sequence, Token)
+        await engine.until(sequence, int)
     engine.steady.update(decodes)
     quiet: list[float] = []
     arriving: list[list[float]] = []

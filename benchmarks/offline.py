@@ -32,6 +32,7 @@ class OfflineEngine:
             "model": shape.folder,
             "load_format": "dummy",
             "prefix_cache": False,
+            "decode_pipeline": "disabled",
             "stream_interval_ms": 0.0,
             "stream_messages_per_s": 1e9,
             "listen": "127.0.0.1:0",

@@ -121,7 +121,9 @@ class StageMeasuring:
                 run()
                 times.append(time.perf_counter() - started_s)
             return statistics.median(times)
-        caller = torch.cuda.current_stream()
+        # Not the caller's, which may be the default stream: nothing can be captured there.
+        caller = torch.cuda.Stream(self._cache.device)
+        caller.wait_stream(torch.cuda.current_stream())
 
         def in_stream() -> None:
             if stream is None:
@@ -132,13 +134,15 @@ class StageMeasuring:
                 run()
             caller.wait_stream(stream)
 
-        in_stream()
-        caller.synchronize()
-        graph, _ = capture(in_stream, torch.cuda.graph_pool_handle())
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 2)]
-        graph.replay()
-        for event in events:
-            event.record()
+        with torch.cuda.stream(caller):
+            in_stream()
+            caller.synchronize()
+            graph, _ = capture(in_stream, torch.cuda.graph_pool_handle())
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 2)]
             graph.replay()
-        events[-1].synchronize()
+            for event in events:
+                event.record()
+                graph.replay()
+            # The graph goes with this call, and its last replay is after the last event.
+            caller.synchronize()
         return statistics.median(earlier.elapsed_time(later) * 1e-3 for earlier, later in itertools.pairwise(events))

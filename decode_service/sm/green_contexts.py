@@ -1,13 +1,16 @@
 """Partitions from the CUDA driver: green contexts, through cuda-python.
 
     the device's SMs ──split by count──┬─▶ a group of n, rounded up by the driver ──▶ description ──▶ context ──▶ stream
-                                       └─▶ the rest, or a group split from it ──────▶ description ──▶ context ──▶ stream
+                                       └─▶ the rest ────────────────────────────────▶ description ──▶ context ──▶ stream
 
-The two are disjoint because each is split from what the other left: two splits of the whole device may overlap.
+The two are disjoint because both come from one split: two splits of the whole device may overlap. The driver does not
+split a rest again, so a pair that leaves SMs idle is put together from groups of one size.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -53,14 +56,19 @@ class GreenContextDriver:
         return _dotted(self._call("cuDriverGetVersion"))
 
     def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
-        attention_resource, ffn_resource = self._cut(self._whole, attention_sm)
-        if ffn_resource.sm.smCount == 0:
+        (group,), rest = self._groups(1, attention_sm)
+        attention_resources: Sequence[Any] = [group]
+        ffn_resources: Sequence[Any] = [rest]
+        if rest.sm.smCount == 0:
             raise DriverError("cuDevSmResourceSplitByCount", f"nothing is left beside {attention_sm} SMs")
-        if ffn_sm < ffn_resource.sm.smCount:
-            ffn_resource, _ = self._cut(ffn_resource, ffn_sm)
-        attention = self._context(attention_resource)
+        if ffn_sm < rest.sm.smCount:
+            size = math.gcd(attention_sm, ffn_sm)
+            groups, _ = self._groups((attention_sm + ffn_sm) // size, size)
+            of_attention = attention_sm // size
+            attention_resources, ffn_resources = groups[:of_attention], groups[of_attention:]
+        attention = self._context(attention_resources)
         try:
-            return attention, self._context(ffn_resource)
+            return attention, self._context(ffn_resources)
         except DriverError:
             self.destroy(attention)
             raise
@@ -75,12 +83,12 @@ class GreenContextDriver:
     def destroy(self, group: SmGroup) -> None:
         self._call("cuGreenCtxDestroy", group.context)
 
-    def _cut(self, resource: Any, num_sms: int) -> tuple[Any, Any]:
-        """(a group of at least so many SMs, what is left)."""
-        groups, num_groups, rest = self._call("cuDevSmResourceSplitByCount", 1, resource, 0, num_sms)
-        if num_groups != 1:
-            raise DriverError("cuDevSmResourceSplitByCount", f"no group of {num_sms} SMs")
-        return groups[0], rest
+    def _groups(self, count: int, num_sms: int) -> tuple[Sequence[Any], Any]:
+        """(so many groups of at least so many SMs, what the device has beside them)."""
+        groups, num_groups, rest = self._call("cuDevSmResourceSplitByCount", count, self._whole, 0, num_sms)
+        if num_groups != count:
+            raise DriverError("cuDevSmResourceSplitByCount", f"{num_groups} instead of {count} groups of {num_sms} SMs")
+        return groups, rest
 
     def _check_age(self) -> None:
         version = self._call("cuDriverGetVersion")
@@ -96,8 +104,8 @@ class GreenContextDriver:
                 State.DEVICE_TOO_OLD, f"compute capability {capability[0]}.{capability[1]}, not 8.0 or later"
             )
 
-    def _context(self, resource: Any) -> SmGroup:
-        description = self._call("cuDevResourceGenerateDesc", [resource], 1)
+    def _context(self, resources: Sequence[Any]) -> SmGroup:
+        description = self._call("cuDevResourceGenerateDesc", list(resources), len(resources))
         # Older drivers take no other flag.
         flags = int(self._cuda.CUgreenCtxCreate_flags.CU_GREEN_CTX_DEFAULT_STREAM)
         context = self._call("cuGreenCtxCreate", description, self._device, flags)

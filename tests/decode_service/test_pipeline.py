@@ -35,7 +35,11 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def engine(gpu, **settings):
-    return HandTurnedEngine(partitions=GreenManager(gpu, gpu), **settings)
+    return HandTurnedEngine(partitions=GreenManager(gpu, gpu), device="cpu", **settings)
+
+
+def sequential_engine():
+    return HandTurnedEngine(decode_pipeline="disabled", device="cpu")
 
 
 def requests(count, max_tokens=12):
@@ -55,7 +59,7 @@ def requests(count, max_tokens=12):
 
 @pytest.mark.parametrize("cut", [cut.value for cut in Cut])
 def test_pipelined_steps_give_the_tokens_of_sequential_ones(gpu, cut):
-    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(9))
+    expected = sequential_engine().run_all(requests(9))
     pipelined = engine(gpu, decode_pipeline_cut=cut, **STATIC)
     assert pipelined.run_all(requests(9)) == expected
     stats = pipelined.pipeline.stats()
@@ -94,7 +98,7 @@ def test_a_profile_that_is_not_captured_yet_leaves_the_step_pipelined(gpu, monke
 
 
 def test_modes_change_between_steps_and_cost_no_token(gpu):
-    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(6, max_tokens=30))
+    expected = sequential_engine().run_all(requests(6, max_tokens=30))
     changing = engine(gpu, decode_pipeline="disabled")
     sequences = requests(6, max_tokens=30)
     for sequence in sequences:
@@ -137,7 +141,7 @@ def test_static_that_cannot_be_is_refused_and_changes_nothing(gpu):
 @pytest.mark.parametrize("state", [State.NO_CUDA_PYTHON, State.DRIVER_TOO_OLD, State.SPLIT_FAILED])
 def test_a_worker_started_static_without_partitions_decodes_sequentially_and_says_why(gpu, state):
     partitions = GreenManager(NoPartitions(state, "so it is"), gpu)
-    running = HandTurnedEngine(partitions=partitions, **STATIC)
+    running = HandTurnedEngine(partitions=partitions, device="cpu", **STATIC)
     running.run_all(requests(3))
     stats = running.pipeline.stats()
     assert (stats.active, stats.num_pipelined_steps, stats.fallback_reason) == (False, 0, state.name)
@@ -155,7 +159,7 @@ def test_partitions_that_fail_their_check_are_never_run_on(gpu):
 
 @pytest.mark.parametrize(("fault", "reason"), [("prepare", "CAPTURE_FAILED"), ("run", "REPLAY_FAILED")])
 def test_a_pipelined_step_that_fails_is_computed_sequentially(gpu, monkeypatch, fault, reason):
-    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(5))
+    expected = sequential_engine().run_all(requests(5))
     running = engine(gpu, **STATIC)
     runner = running.pipeline._runner
     compute = runner.run
@@ -240,7 +244,7 @@ def test_an_idle_worker_calibrates_and_the_next_start_knows(gpu, cache_folder):
     assert all(stage[name] > 0 for stage in cells[0]["stages"] for name in ("seconds", "first_s", "last_s"))
     running.check()
     # Whoever comes later is decoded as if nothing had been measured.
-    expected = HandTurnedEngine(decode_pipeline="disabled").run_all(requests(3))
+    expected = sequential_engine().run_all(requests(3))
     assert running.run_all(requests(3)) == expected
     assert running.pipeline.stats().fallback_reason in ("SINGLE_SEQUENCE", "MEASURING", "SEQUENTIAL_IS_FASTER")
     again = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 
 import pytest
@@ -118,8 +119,9 @@ def test_a_graph_captured_in_slices_gives_the_bits_of_one_stream(engine, partiti
 def scripted_tokens(partitions, script_seed: int, monkeypatch, *, in_one_stream: bool) -> tuple[list, list]:
     """Tokens of every request, and all KV at the end: sequences join and leave, splits and cuts change.
 
-    A step's tokens are awaited before the next, so that each run has the same batches.
+    A step's tokens are awaited before the next, and graphs captured at once, so that each run has the same steps.
     """
+    monkeypatch.setattr(step_runner, "SLICE_S", 60.0)
     if in_one_stream:
         enqueued = each_stage
         monkeypatch.setattr(
@@ -192,6 +194,20 @@ def test_graphs_of_arrangements_keep_within_their_budget(partitions):
             engine.turn()
     # The newest stays, whatever it takes.
     assert engine.pipeline.num_graphs == before + 1
+
+
+def test_an_idle_worker_measures_its_stages(partitions, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    running = HandTurnedEngine(captured=True, partitions=partitions, **{**CUDA, "max_num_seqs": 32})
+    while running.pipeline.stats().fallback_reason == "NOT_CALIBRATED":
+        running.turn()
+    stats = running.pipeline.stats()
+    assert stats.fallback_reason == "NO_STEPS", stats.fallback_detail
+    (kept,) = (tmp_path / "pdserve").glob("*.json")
+    (cell,) = json.loads(kept.read_text())["cells"]
+    assert (cell["num_seqs"], cell["context"]) == (32, 256)
+    assert 0 < cell["sequential_s"] < 0.1
+    assert all(stage[name] > 0 for stage in cell["stages"] for name in ("seconds", "first_s", "last_s"))
 
 
 def test_profiles_of_captured_steps_have_the_order_of_the_lanes(partitions):
