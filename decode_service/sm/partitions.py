@@ -80,7 +80,10 @@ class PartitionDriver(Protocol):
         """The newest CUDA that it supports."""
 
     def split(self, attention_sm: int, ffn_sm: int) -> tuple[SmGroup, SmGroup]:
-        """Disjoint groups of at least so many SMs, or neither; the FFN's is all that is left, if that is fewer."""
+        """Disjoint groups of at least so many SMs, or neither; the FFN's is all that is left, if that is fewer.
+
+        Numbers that leave SMs idle are multiples of what the driver grants.
+        """
 
     def make_stream(self, group: SmGroup, priority: int) -> int:
         """The handle of a stream on the group's SMs that never waits for the default stream. Lower is more urgent."""

@@ -24,7 +24,14 @@ def why_not():
 
 @pytest.mark.parametrize(
     ("asked", "granted"),
-    [((16, 116), (16, 116)), ((66, 66), (72, 60)), ((124, 4), (128, 4)), ((16, 16), (16, 16)), ((40, 50), (40, 56))],
+    [
+        ((16, 116), (16, 116)),
+        ((66, 66), (72, 60)),
+        ((124, 4), (128, 4)),
+        ((16, 16), (16, 16)),
+        ((40, 56), (40, 56)),
+        ((16, 24), (16, 24)),
+    ],
 )
 def test_what_the_driver_granted_is_returned(cuda, asked, granted):
     driver = GreenContextDriver(0)

@@ -71,12 +71,12 @@ class FakeCudaDriver:
 
     def _cuDevSmResourceSplitByCount(self, num_groups, whole, flags, count):
         granted = -(-count // 8) * 8
-        groups = [resource(granted)] if granted <= whole.sm.smCount else []
+        groups = [resource(granted)] * min(num_groups, whole.sm.smCount // granted)
         rest = resource(whole.sm.smCount - sum(group.sm.smCount for group in groups))
         return groups, len(groups), rest
 
     def _cuDevResourceGenerateDesc(self, resources, count):
-        return (resources[0],)
+        return (resource(sum(one.sm.smCount for one in resources)),)
 
     def _cuGreenCtxCreate(self, description, device, flags):
         return (self._made(self.contexts, description),)
