@@ -85,7 +85,6 @@ def rows_of(model: str, shape: Shape, cell: Cell, measured: Sequence[Timed], com
             "over_ideal": one.ideal_s and one.seconds / one.ideal_s,
             "whole_model_gain": one.whole_s and whole_s and whole_s / one.whole_s,
             "same_bits": one.same_bits,
-            "same_bits_alone": one.same_bits_alone,
             "same_tokens": one.same_tokens,
             "commit": commit,
         }
@@ -111,9 +110,9 @@ def notes(
         f"{shape.num_layers} of {layers} layers, with the embedding, the head and a draw, which weigh more than in the "
         "whole model; `whole_model_gain` estimates all layers from the times of stages. `gain`: the sequential step's "
         "time over this one's. `ideal_ms`: of the two lanes, the busier one's stages, each alone on its partition, "
-        "max(T_attention, T_ffn). `same_bits`: the logits are those of the same micro-batches one after the other on "
-        "the whole device; where they are not, `same_bits_alone`: those of each micro-batch alone on the same "
-        "partitions. `same_tokens`: share of rows with the token of the whole batch's step, which rounds differently.",
+        "max(T_attention, T_ffn), and the head. `same_bits`: the logits are those of the same micro-batches one after "
+        "the other on the whole device. `same_tokens`: share of rows with the token of the whole batch's step, which "
+        "rounds differently.",
         "",
         "The best pipelined step of each cell:",
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,9 +58,6 @@ class Timed:
     whole_s: float | None = None
     # Its logits are, to the bit, those of the same micro-batches one after the other, on the whole device.
     same_bits: bool | None = None
-    # Asked only if they are not: those of each micro-batch alone on the same partitions. If these are the same, it is
-    # the library that computes a product otherwise on fewer SMs; if not, stages did not wait for one another.
-    same_bits_alone: bool | None = None
     # Share of rows with the same token as in the sequential step of the whole batch, which rounds differently.
     same_tokens: float | None = None
 
@@ -73,8 +69,11 @@ def measure_cell(device: Device, workload: Workload, cell: Cell, *, whole_layers
     """
     batch = workload.fill(cell)
     alone = {cut: solo(device, workload, batch, cut) for cut in Cut}
-    times = {cut: StageTimes(cut, workload.config.num_layers, stages) for cut, stages in alone.items()}
-    whole = {cut: StageTimes(cut, whole_layers, stages) for cut, stages in alone.items()}
+    head_s = device.seconds([device.captured(workload.head(cell.num_seqs))], TURNS)[0]
+    times, whole = (
+        {cut: StageTimes(cut, num_layers, stages, head=head_s) for cut, stages in alone.items()}
+        for num_layers in (workload.config.num_layers, whole_layers)
+    )
     chosen = list(candidates(device, times))
     baselines = workload.order(Cut.LAYER, 1), workload.order(Cut.LAYER, 2)
     steps = [workload.step(batch, order) for order in baselines]
@@ -93,12 +92,11 @@ def measure_cell(device: Device, workload: Workload, cell: Cell, *, whole_layers
     replays.reverse()
     del replays[-2:]
     for candidate, step_s in zip(chosen, seconds[2:], strict=True):
-        parts, share = _tokens_of(device, workload, replays.pop(), tokens_S)
+        logits_SV, share = _tokens_of(device, workload, replays.pop(), tokens_S)
         pair, stages = candidate.pair, times[candidate.cut]
         reference = workload.step(batch, workload.order(candidate.cut, 2), attention_sm=pair.attention_sm)()
-        same_bits = same(parts, reference)
+        same_bits = same(logits_SV, reference)
         del reference
-        same_bits_alone = None if same_bits else same(parts, _alone(device, workload, batch, candidate))
         # A step over its prediction stays the same with more layers, which the prediction has.
         predicted_s, whole_s = (
             known[candidate.cut].makespan(pair.attention_sm, pair.ffn_sm, overlaps=pair.partitioned)
@@ -111,14 +109,13 @@ def measure_cell(device: Device, workload: Workload, cell: Cell, *, whole_layers
                 candidate.cut,
                 candidate.asked,
                 predicted_s=predicted_s if pair.partitioned else None,
-                ideal_s=max(stages.busy(pair.attention_sm, pair.ffn_sm).values()),
+                ideal_s=max(stages.busy(pair.attention_sm, pair.ffn_sm).values()) + head_s,
                 whole_s=step_s / predicted_s * whole_s,
                 same_bits=same_bits,
-                same_bits_alone=same_bits_alone,
                 same_tokens=share,
             )
         )
-        del parts
+        del logits_SV
         device.release()
     return rows
 
@@ -206,30 +203,14 @@ def best_splits(splits: Sequence[int], num_sms: int, stages: StageTimes) -> list
     return sorted(splits, key=lambda split: stages.makespan(split, num_sms - split, overlaps=True))[:BEST]
 
 
-def same(parts: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+def same(logits_SV: Tensor, others_SV: Tensor) -> bool:
     """To the bit. A few rows at a time: the logits of a large batch are gigabytes."""
-    return all(
-        torch.equal(rows, other_rows)
-        for part, other in zip(parts, others, strict=True)
-        for rows, other_rows in zip(part.split(256), other.split(256), strict=True)
-    )
+    return all(map(torch.equal, logits_SV.split(256), others_SV.split(256)))
 
 
-def _alone(device: Device, workload: Workload, batch: ForwardBatch, candidate: Candidate) -> list[Tensor]:
-    """The logits of each micro-batch, computed on the candidate's partitions with nothing beside it."""
-    order, rows = workload.order(candidate.cut, 1), bounds(batch.num_seqs, 2)
-    parts: list[Tensor] = []
-    for first, end in itertools.pairwise(rows):
-        parts += workload.step(batch.part(first, end), order, pair=candidate.pair)()
-        device.wait()
-    return parts
-
-
-def _tokens_of(
-    device: Device, workload: Workload, replay: Replay, expected_S: Tensor
-) -> tuple[tuple[Tensor, ...], float]:
+def _tokens_of(device: Device, workload: Workload, replay: Replay, expected_S: Tensor) -> tuple[Tensor, float]:
     """Its logits, and the share of its tokens that are as expected."""
     workload.tokens_S.fill_(-1)
-    parts = replay()
+    logits_SV = replay()
     device.wait()
-    return parts, (workload.tokens_S == expected_S).float().mean().item()
+    return logits_SV, (workload.tokens_S == expected_S).float().mean().item()

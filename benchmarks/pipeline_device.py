@@ -22,7 +22,7 @@ from decode_service.pipeline.stage_clock import StageClock, stage_clock
 from decode_service.sm.green_manager import MIN_SM, STEP_SM, GreenManager
 
 # Computes a step (on a GPU: enqueues it) and returns its logits, which stay until the next replay of the same step.
-Replay = Callable[[], tuple[Tensor, ...]]
+Replay = Callable[[], Tensor]
 
 # A turn has as many replays as take about so long together, so that launching them does not count.
 TURN_S = 2e-3
@@ -108,7 +108,7 @@ class GraphDevice:
         self.release()
         graph, result = capture(step, torch.cuda.graph_pool_handle())
 
-        def replay() -> tuple[Tensor, ...]:
+        def replay() -> Tensor:
             graph.replay()
             return result
 

@@ -82,7 +82,7 @@ class Workload:
         assert cache is not None
         around = {} if clock is None else {"around": clock.around}
 
-        def run() -> tuple[Tensor, ...]:
+        def run() -> Tensor:
             return run_pipelined(
                 self.model,
                 cache,
@@ -96,8 +96,19 @@ class Workload:
 
         return run
 
-    def _finish(self, logits_SV: Tensor, first_row: int) -> None:
-        torch.argmax(logits_SV, dim=-1, out=self.tokens_S[first_row : first_row + len(logits_SV)])
+    def head(self, num_seqs: int) -> Replay:
+        """The end of a step alone: the head and the draw."""
+        hidden_SD = torch.randn(num_seqs, self.config.hidden_size, dtype=self.model.dtype, device=self.device)
+
+        def run() -> Tensor:
+            logits_SV = self.model.forward_head(hidden_SD)
+            self._finish(logits_SV)
+            return logits_SV
+
+        return run
+
+    def _finish(self, logits_SV: Tensor) -> None:
+        torch.argmax(logits_SV, dim=-1, out=self.tokens_S[: len(logits_SV)])
 
 
 @torch.inference_mode()

@@ -98,7 +98,7 @@ class DeviceRunner:
             self._balance(size)
             self._find_special_rows()
         self._rows.flush()
-        logits = self._pipeline.decode_token(
+        logits_SV = self._pipeline.decode_token(
             self._rows.batch(size),
             self._finish,
             num_seqs=num_rows,
@@ -107,7 +107,6 @@ class DeviceRunner:
         )
         logprobs = None
         if self._special_rows is not None:
-            logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)
             sampling = self._rows.sampling(slice(size))
             logprobs = self._special_rows.draw(
                 logits_SV, sampling, self._rows.positions_S[:size], self._token_ids_S, self._scores_S
@@ -124,12 +123,12 @@ class DeviceRunner:
         self._rows.clear(0)
         self._rows.flush()
 
-    def _finish(self, logits_SV: Tensor, first_row: int) -> None:
-        """The end of every micro-batch, captured with it: draws each row's token and makes it the next step's input."""
-        rows = slice(first_row, first_row + len(logits_SV))
+    def _finish(self, logits_SV: Tensor) -> None:
+        """The end of every step, captured with it: draws each row's token and makes it the next step's input."""
+        rows = slice(len(logits_SV))
         tokens_S = self._token_ids_S[rows]
         sample(logits_SV, self._rows.sampling(rows), self._rows.positions_S[rows] + 1, tokens_S, self._scores_S[rows])
-        self._rows.advance(tokens_S, first_row)
+        self._rows.advance(tokens_S)
 
     def _arrange(self, decoding: list[Reservation]) -> None:
         """Makes the rows in use those of `decoding`: holes close, newcomers go to the end, tables grow."""

@@ -113,9 +113,9 @@ class DecodeRows:
             log_min_p_S=self._log_min_p_S[rows],
         )
 
-    def advance(self, drawn_S: Tensor, first_row: int = 0) -> None:
-        """Makes the drawn tokens of consecutive rows the next step's input."""
-        rows = slice(first_row, first_row + len(drawn_S))
+    def advance(self, drawn_S: Tensor) -> None:
+        """Makes the drawn tokens of the first rows the next step's input."""
+        rows = slice(len(drawn_S))
         advance(
             drawn_S,
             self.token_ids_S[rows],

@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
-
 from common.engine.batches import decode_batch
 from common.engine.kv_cache import KvCache
 from common.engine.prefiller import add_to_state
@@ -84,8 +82,7 @@ class HostRunner:
         sequences = [reservation.sequence for reservation in decoding]
         batch = decode_batch(sequences, block_size=self._block_size, device=self._device)
         mean_context = sum(sequence.num_tokens for sequence in sequences) / len(sequences)
-        logits = self._pipeline.decode_token(batch, num_seqs=len(sequences), mean_context=mean_context)
-        logits_SV = logits[0] if len(logits) == 1 else torch.cat(logits)
+        logits_SV = self._pipeline.decode_token(batch, num_seqs=len(sequences), mean_context=mean_context)
         slots = [reservation.slot for reservation in decoding]
         drawn = self._sampler.draw(logits_SV, self._state, slots, batch.positions_T + 1)
         return _HostStep([(reservation, reservation.attempt) for reservation in decoding], drawn.read)

@@ -234,26 +234,28 @@ class Qwen3ForCausalLM:
                 after_layer(layer)
             state = self.forward_ffn_stage(layer, activations, batch)
         assert isinstance(state, Tensor)
-        return state
+        return self.forward_head(state)
+
+    def forward_head(self, hidden_RD: Tensor) -> Tensor:
+        """logits_RV (float32) of what the last stage gives."""
+        return self.operations.logits(hidden_RD, self.head_VD)
 
     def forward_attention_stage(self, layer: int, state: State, batch: ForwardBatch, kv_cache: KvCache) -> Activations:
         """One layer's attention half of one micro-batch; writes that layer's KV. Layer 0 takes token_ids_T."""
         return self.model.forward_attention_stage(layer, state, batch, kv_cache)
 
     def forward_ffn_stage(self, layer: int, activations: Activations, batch: ForwardBatch) -> State:
-        """One layer's FFN half of one micro-batch: touches no KV. The last layer gives logits_RV (float32)."""
-        state = self.model.forward_ffn_stage(layer, activations, batch)
-        return self.operations.logits(state, self.head_VD) if isinstance(state, Tensor) else state
+        """One layer's FFN half of one micro-batch: touches no KV. The last layer gives hidden_RD, normalised."""
+        return self.model.forward_ffn_stage(layer, activations, batch)
 
     def forward_dense_stage(
         self, layer: int, state: Attended | Tensor, batch: ForwardBatch, kv_cache: KvCache
     ) -> Projected | Tensor:
         """Of the second cut: what lies between two attentions; writes the KV of `layer`.
 
-        The first takes token_ids_T; the one past the last layer gives logits_RV (float32).
+        The first takes token_ids_T; the one past the last layer gives hidden_RD, normalised.
         """
-        result = self.model.forward_dense_stage(layer, state, batch, kv_cache)
-        return self.operations.logits(result, self.head_VD) if isinstance(result, Tensor) else result
+        return self.model.forward_dense_stage(layer, state, batch, kv_cache)
 
     def forward_attention_core(
         self, layer: int, projected: Projected, batch: ForwardBatch, kv_cache: KvCache

@@ -40,6 +40,8 @@ def calibrate(
     for cell in cells:
         sequential_s = measuring.sequential_s(cell)
         yield
+        head_s = measuring.head_s(cell)
+        yield
         stages: list[StageTime] = []
         for split in chosen:
             pair = partitions.allocate(split, partitions.num_sms - split)
@@ -52,5 +54,5 @@ def calibrate(
                 ):
                     stages.append(measuring.stage(cell, cut, lane, stream, num_sm))
                     yield
-        measured.append(CellCalibration(cell, sequential_s, tuple(stages)))
+        measured.append(CellCalibration(cell, sequential_s, tuple(stages), head_s=head_s))
     return Calibration(tuple(measured))

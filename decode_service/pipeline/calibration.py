@@ -16,7 +16,7 @@ class StageTime(NamedTuple):
     lane: Lane
     num_sm: int
     seconds: float
-    # Of the lane's first and last stage, where they do something else: embedding, head.
+    # Of the lane's first and last stage, where they do something else: embedding, final norm.
     first_s: float | None = None
     last_s: float | None = None
 
@@ -46,6 +46,8 @@ class CellCalibration:
     sequential_s: float
     stages: tuple[StageTime, ...] = ()
     steps: tuple[StepTime, ...] = ()
+    # Of the sequential step, the head, which has the whole device in a pipelined one as well.
+    head_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from decode_service.pipeline.order import Cut, Lane
 log = logging.getLogger(__name__)
 
 # Of the file. Another one is not read.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def _cell_to_json(cell: CellCalibration) -> dict[str, Any]:
     return {
         **cell.cell._asdict(),
         "sequential_s": cell.sequential_s,
+        "head_s": cell.head_s,
         "stages": [{**one._asdict(), "cut": one.cut.value, "lane": one.lane.value} for one in cell.stages],
         "steps": [{**one._asdict(), "cut": one.cut.value, "seconds": seconds} for one, seconds in cell.steps],
     }
@@ -113,6 +114,7 @@ def _cell_from_json(content: dict[str, Any]) -> CellCalibration:
             )
             for one in content["steps"]
         ),
+        _seconds(content["head_s"]),
     )
 
 

@@ -3,6 +3,9 @@
 With streams, each lane enqueues on its own and waits for the other lane by events; captured, these become the edges of
 a CUDA graph. Without, all stages run in the calling thread's stream, one after the other, in an order that a pipeline
 could take: the same kernels on the same micro-batches, so that the results have the same bits.
+
+The head is in neither lane. Nothing is left that could overlap with it, so it has the whole device, and reads its
+weights once for all micro-batches.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from common.model.batch import ForwardBatch
 from common.model.qwen3 import Qwen3ForCausalLM
 from decode_service.pipeline.order import Cut, Lane, Order, Stage
 
-# Takes the logits of consecutive rows and the first of them: draws their tokens, where that belongs to the step.
-Finish = Callable[[Tensor, int], None]
+# Takes the logits: draws tokens, where that belongs to the step.
+Finish = Callable[[Tensor], None]
 Streams = Mapping[Lane, torch.cuda.Stream]
 Around = Callable[[Stage], contextlib.AbstractContextManager[Any]]
 # Micro-batches begin at multiples of this many rows: kernels are compiled anew for tensors that do not lie on 16 bytes.
@@ -35,7 +38,7 @@ def bounds(num_rows: int, num_micro_batches: int) -> list[int]:
     return [min(index * units // num_micro_batches * unit, num_rows) for index in range(num_micro_batches)] + [num_rows]
 
 
-def no_finish(logits_SV: Tensor, first_row: int) -> None:
+def no_finish(logits_SV: Tensor) -> None:
     """Leaves the logits to the caller."""
 
 
@@ -53,8 +56,8 @@ def run_pipelined(
     streams: Streams | None = None,
     attention_sm: int | None = None,
     around: Around = untimed,
-) -> tuple[Tensor, ...]:
-    """Logits (float32) of each micro-batch, on which `finish` has been called. On a GPU this enqueues.
+) -> Tensor:
+    """Logits (float32) of the batch, on which `finish` has been called. On a GPU this enqueues.
 
     `attention_sm` is what attention's kernels are cut for. `around(stage)` is entered in the lane's stream for each
     stage, between what it waits for and what waits for it.
@@ -66,7 +69,7 @@ def run_pipelined(
         try:
             next(stages)
         except StopIteration as end:
-            logits: tuple[Tensor, ...] = end.value
+            logits: Tensor = end.value
             return logits
 
 
@@ -80,7 +83,7 @@ def each_stage(
     streams: Streams | None,
     attention_sm: int | None,
     around: Around,
-) -> Generator[None, None, tuple[Tensor, ...]]:
+) -> Generator[None, None, Tensor]:
     """`run_pipelined` with a pause after every stage; it goes on in the stream in which it began."""
     rows = bounds(batch.num_seqs, order.num_micro_batches)
     parts = [batch.part(first, end, attention_sm=attention_sm) for first, end in itertools.pairwise(rows)]
@@ -96,15 +99,15 @@ def each_stage(
                 lanes.wait(wait)
             with around(stage):
                 result = run_stage(model, cache, order.cut, stage, states[index], parts[index])
-                if not order.is_read(stage):
-                    finish(result, rows[index])
             if order.is_read(stage):
                 lanes.mark(stage)
         kept[stage.lane, index] = states[index]
         states[index] = result
         yield
     lanes.join()
-    return tuple(states)
+    logits_SV = model.forward_head(states[0] if len(states) == 1 else torch.cat(states))
+    finish(logits_SV)
+    return logits_SV
 
 
 def run_stage(model: Qwen3ForCausalLM, cache: KvCache, cut: Cut, stage: Stage, state: Any, batch: ForwardBatch) -> Any:

@@ -31,10 +31,11 @@ class Predictions:
         if calibration is None:
             return
         self.sequential = Average(calibration.sequential_s, num_values=0)
+        head = calibration.head_s / calibration.sequential_s
         for cut in Cut:
             times = [time.relative_to(calibration.sequential_s) for time in calibration.stages if time.cut is cut]
             if {time.lane for time in times} == set(Lane):
-                self._stages[cut] = StageTimes(cut, num_layers, times)
+                self._stages[cut] = StageTimes(cut, num_layers, times, head=head)
         for arrangement, seconds in calibration.steps:
             if arrangement in arrangements.all:
                 self.add_step(arrangement, seconds / calibration.sequential_s)

@@ -137,10 +137,10 @@ class PipelineScheduler:
 
     def decode_token(
         self, batch: ForwardBatch, finish: Finish = no_finish, *, num_seqs: int, mean_context: float
-    ) -> tuple[Tensor, ...]:
-        """Logits (fp32, [sequences, vocab]) of the next token of every sequence, as parts of consecutive rows.
+    ) -> Tensor:
+        """Logits (fp32, [sequences, vocab]) of the next token of every sequence.
 
-        `finish` is called on each part, with its first row. `num_seqs` of the batch's rows are in use, with so many
+        `finish` is called on them. `num_seqs` of the batch's rows are in use, with so many
         tokens each on average. On a GPU this enqueues, and the logits are there until the next step.
         """
         self._cell = cell_of(num_seqs, mean_context, self._batch_buckets)
@@ -343,7 +343,7 @@ class PipelineScheduler:
         self._until_profile = PROFILE_EVERY
         return True
 
-    def _reference(self, way: Way, batch: ForwardBatch) -> tuple[Tensor, ...] | None:
+    def _reference(self, way: Way, batch: ForwardBatch) -> Tensor | None:
         """What this step has to give, if it is one to be checked."""
         if way.arrangement is None:
             return None
@@ -376,9 +376,6 @@ class PipelineScheduler:
         self._runner.forget()
 
 
-def _have_same_bits(logits: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> Tensor:
+def _have_same_bits(logits_SV: Tensor, reference_SV: Tensor) -> Tensor:
     """As a tensor on their device, so that nobody waits for it."""
-    same = [
-        (one.view(torch.int32) == other.view(torch.int32)).all() for one, other in zip(logits, reference, strict=True)
-    ]
-    return torch.stack(same).all()
+    return (logits_SV.view(torch.int32) == reference_SV.view(torch.int32)).all()

@@ -43,7 +43,13 @@ class StageMeasuring:
         """Of a step of the whole batch, without what draws its tokens."""
         times = {lane: self._time(Cut.LAYER, lane, cell.num_seqs, cell.context) for lane in Lane}
         num_layers = self._model.config.num_layers
-        return sum(first + max(num_layers - 2, 0) * middle + last for first, middle, last in times.values())
+        layers_s = sum(first + max(num_layers - 2, 0) * middle + last for first, middle, last in times.values())
+        return layers_s + self.head_s(cell)
+
+    def head_s(self, cell: Cell) -> float:
+        """Of the head over the whole batch."""
+        hidden_RD = self._noise(cell.num_seqs, self._model.config.hidden_size)
+        return self._seconds(lambda: self._model.forward_head(hidden_RD), None)
 
     def stage(self, cell: Cell, cut: Cut, lane: Lane, stream: torch.cuda.Stream | None, num_sm: int) -> StageTime:
         """One stage of one micro-batch on `stream`, which has so many SMs."""
@@ -82,16 +88,18 @@ class StageMeasuring:
     def _new_state(self, batch: ForwardBatch, cut: Cut, lane: Lane, is_first: bool) -> object:
         config = self._model.config
 
-        def noise(*shape: int) -> torch.Tensor:
-            return torch.randn(batch.num_seqs, *shape, dtype=self._model.dtype, device=self._cache.device)
-
         begins_step = is_first and lane is (Lane.ATTENTION if cut is Cut.LAYER else Lane.FFN)
         if begins_step:
             return batch.token_ids_T
-        residual_TD, heads = noise(config.hidden_size), (config.num_heads, config.head_dim)
+        rows = batch.num_seqs
+        residual_TD, heads = self._noise(rows, config.hidden_size), (rows, config.num_heads, config.head_dim)
         if cut is Cut.LAYER:
-            return Activations(noise(config.hidden_size), residual_TD)
-        return Projected(noise(*heads), residual_TD) if lane is Lane.ATTENTION else Attended(noise(*heads), residual_TD)
+            return Activations(self._noise(rows, config.hidden_size), residual_TD)
+        kind = Projected if lane is Lane.ATTENTION else Attended
+        return kind(self._noise(*heads), residual_TD)
+
+    def _noise(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=self._model.dtype, device=self._cache.device)
 
     def _batch(self, num_seqs: int, context: int, num_sm: int | None) -> ForwardBatch:
         cache, device = self._cache, self._cache.device
@@ -111,7 +119,7 @@ class StageMeasuring:
             attention_sm=num_sm,
         )
 
-    def _seconds(self, run: Callable[[], None], stream: torch.cuda.Stream | None) -> float:
+    def _seconds(self, run: Callable[[], object], stream: torch.cuda.Stream | None) -> float:
         """Median of some repetitions, after one that compiles and allocates."""
         run()
         if self._cache.device.type == "cpu":

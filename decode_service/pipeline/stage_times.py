@@ -17,8 +17,9 @@ NUM_SAMPLES = 3
 class StageTimes:
     """Stage times alone on the GPU, and how much more they are in pipelined steps. Any unit of time, one for all."""
 
-    def __init__(self, cut: Cut, num_layers: int, times: Sequence[StageTime]) -> None:
-        """`times`: at least one of each lane."""
+    def __init__(self, cut: Cut, num_layers: int, times: Sequence[StageTime], *, head: float = 0.0) -> None:
+        """`times`: at least one of each lane. `head`: what follows the stages of all micro-batches."""
+        self._head = head
         self._order = order(cut, num_layers, NUM_MICRO_BATCHES)
         self._times = {lane: sorted((one for one in times if one.lane is lane), key=_num_sm) for lane in Lane}
         self._scales = {lane: Average(1.0, num_values=0) for lane in Lane}
@@ -45,7 +46,7 @@ class StageTimes:
         if key not in self._makespans:
             spans = self._timeline(*key, {lane: scale.value for lane, scale in self._scales.items()})
             total = sum(spans.busy_s(lane) for lane in Lane)
-            self._makespans[key] = spans.makespan_s if overlaps else total
+            self._makespans[key] = (spans.makespan_s if overlaps else total) + self._head
         return self._makespans[key]
 
     def busy(self, attention_sm: int, ffn_sm: int) -> dict[Lane, float]:

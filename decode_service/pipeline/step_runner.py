@@ -49,13 +49,13 @@ class NoWay(Exception):
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    logits: tuple[Tensor, ...]
+    logits: Tensor
     num_bytes: int
 
 
 class _Capture(NamedTuple):
     way: Way
-    slices: SlicedCapture[tuple[Tensor, ...]]
+    slices: SlicedCapture[Tensor]
     free_bytes: int
 
 
@@ -119,8 +119,8 @@ class StepRunner:
             self._capture = None
             raise NoWay("CAPTURE_FAILED", str(error).partition("\n")[0]) from error
 
-    def run(self, way: Way, batch: ForwardBatch, finish: Finish) -> tuple[Tensor, ...]:
-        """Logits (float32) of consecutive rows, until the next step. On a GPU this enqueues.
+    def run(self, way: Way, batch: ForwardBatch, finish: Finish) -> Tensor:
+        """Logits (float32) of all rows, until the next step. On a GPU this enqueues.
 
         Raises:
             NoWay: there are no such streams, or REPLAY_FAILED.
@@ -136,7 +136,7 @@ class StepRunner:
             raise NoWay("REPLAY_FAILED", str(error).partition("\n")[0]) from error
         return entry.logits
 
-    def reference(self, way: Way, batch: ForwardBatch) -> tuple[Tensor, ...]:
+    def reference(self, way: Way, batch: ForwardBatch) -> Tensor:
         """The logits that a pipelined way has to give for this step, from the same kernels, one stage after the other.
 
         Nothing is drawn, and the keys and values that it writes are those of the step.
@@ -189,13 +189,13 @@ class StepRunner:
         while self.graph_bytes > self._max_graph_bytes and len(arranged) > 1:
             del self._graphs[arranged.pop(0)]
 
-    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> tuple[Tensor, ...]:
+    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> Tensor:
         stages = self._stages(way, batch, finish, in_lanes=in_lanes)
         while True:
             try:
                 next(stages)
             except StopIteration as end:
-                logits: tuple[Tensor, ...] = end.value
+                logits: Tensor = end.value
                 return logits
 
     def _stages(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> Any:

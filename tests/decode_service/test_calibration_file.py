@@ -19,6 +19,7 @@ CALIBRATION = Calibration(
             0.016,
             (StageTime(Cut.LAYER, Lane.ATTENTION, 64, 2e-4), StageTime(Cut.LAYER, Lane.FFN, 68, 3e-4, 1e-4, 5e-4)),
             (StepTime(Arrangement(Cut.LAYER, 64, 68), 0.015),),
+            0.002,
         ),
     )
 )

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -84,10 +89,10 @@ def test_lanes_of_their_own_give_the_bits_of_one_stream(engine, partitions, cut,
     steps = order(cut, model.config.num_layers, 2)
     batch = decode_batch(cache, 40, 200)
     with torch.inference_mode():
-        expected = torch.cat(run_pipelined(model, cache, batch, steps, attention_sm=pair.attention_sm))
+        expected = run_pipelined(model, cache, batch, steps, attention_sm=pair.attention_sm)
         for _ in range(20 if around is delayed else 5):
             options = {"streams": streams_of(pair), "attention_sm": pair.attention_sm, "around": around}
-            assert torch.equal(torch.cat(run_pipelined(model, cache, batch, steps, **options)), expected)
+            assert torch.equal(run_pipelined(model, cache, batch, steps, **options), expected)
 
 
 @pytest.mark.parametrize("cut", Cut)
@@ -98,7 +103,7 @@ def test_a_graph_captured_in_slices_gives_the_bits_of_one_stream(engine, partiti
     pool = torch.cuda.graph_pool_handle()
     options = {"streams": streams_of(pair), "attention_sm": pair.attention_sm}
     with torch.inference_mode():
-        expected = torch.cat(run_pipelined(model, cache, batch, steps, attention_sm=pair.attention_sm))
+        expected = run_pipelined(model, cache, batch, steps, attention_sm=pair.attention_sm)
         run_pipelined(model, cache, batch, steps, **options)
         torch.cuda.synchronize()
         stages = each_stage(model, cache, batch, steps, finish=lambda *_: None, around=untimed, **options)
@@ -109,10 +114,9 @@ def test_a_graph_captured_in_slices_gives_the_bits_of_one_stream(engine, partiti
             model.forward(batch, cache)
         graph, logits = done
         for _ in range(100):
-            for part in logits:
-                part.fill_(float("nan"))
+            logits.fill_(float("nan"))
             graph.replay()
-            assert torch.equal(torch.cat(logits), expected)
+            assert torch.equal(logits, expected)
     assert num_slices > 1
 
 
@@ -174,7 +178,10 @@ def test_greedy_tokens_of_the_bundled_model_are_those_of_sequential_steps(partit
         assert tokens(decode_pipeline_cut=cut.value, **static) == expected
 
 
-def test_graphs_of_arrangements_keep_within_their_budget(partitions):
+def test_graphs_of_arrangements_keep_within_their_budget(partitions, monkeypatch):
+    # Graphs of a model this small take no memory that could be seen.
+    free_bytes = itertools.count(1 << 30, -(1 << 20))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free_bytes), 1 << 30))
     engine = HandTurnedEngine(
         captured=True,
         partitions=partitions,
@@ -228,3 +235,25 @@ def test_profiles_of_captured_steps_have_the_order_of_the_lanes(partitions):
     assert 0 < stats.attention_stage_p50_ms < stats.attention_ms
     assert 0 < stats.attention_occupancy < 1
     assert 0 < stats.ffn_occupancy < 1
+
+
+def run_steps(cut, *, under=(), **environment):
+    command = [*under, sys.executable, "-m", "tests.support.pipelined_steps", cut.value]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 pipelined steps" in done.stdout
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("cut", Cut)
+def test_the_stream_sanitizer_of_pytorch_finds_no_race(cut):
+    # It would raise.
+    run_steps(cut, TORCH_CUDA_SANITIZER="1")
+
+
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("cut", Cut)
+def test_memcheck_finds_nothing(cut):
+    # Memory is asked of CUDA anew each time, so that every access beyond a tensor is one beyond an allocation.
+    said = run_steps(cut, under=["compute-sanitizer", "--error-exitcode", "9"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    assert "ERROR SUMMARY: 0 errors" in said

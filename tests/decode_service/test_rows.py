@@ -56,17 +56,6 @@ def test_rows_out_of_use_have_no_length_and_write_to_the_scratch_block():
     assert state(rows, 0)[1:] == (0, 0, SCRATCH_SLOT)
 
 
-def test_a_micro_batch_moves_its_own_rows_alone():
-    rows = make_rows()
-    for row in range(4):
-        rows.put(row, make_sequence(6, first_block=20 + 2 * row), position=5, stops_here=True)
-    rows.flush()
-    before = [state(rows, row) for row in (0, 3)]
-    rows.advance(drawn(41, 42), 1)
-    assert [state(rows, row) for row in (0, 3)] == before
-    assert [state(rows, row)[:3] for row in (1, 2)] == [(41, 6, 7), (42, 6, 7)]
-
-
 def test_a_step_moves_a_row_to_its_drawn_tokens_position():
     rows = make_rows()
     rows.put(0, make_sequence(6, first_block=20), position=5, stops_here=True)
