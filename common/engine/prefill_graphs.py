@@ -117,7 +117,7 @@ class PrefillGraphs:
         for layer in self._layers(first):
             activations = self._model.forward_attention_stage(layer, state, batch, self._cache)
             state = self._model.forward_ffn_stage(layer, activations, batch)
-        return state
+        return self._model.forward_head(state) if isinstance(state, Tensor) else state
 
     def _layers(self, first: int) -> range:
         return range(first, min(first + LAYERS_A_GRAPH, self._model.config.num_layers))
