@@ -31,6 +31,7 @@ ON_GPU = (
     "attention",
     "step_profile",
     "decode_pipeline",
+    "pipeline_auto",
     "pipeline_trace",
     "summary",
 )
@@ -42,6 +43,7 @@ OF_MODELS = {
     "attention": tuple(SHAPES),
     "step_profile": tuple(SHAPES),
     "decode_pipeline": tuple(PIPELINE_SHAPES),
+    "pipeline_auto": tuple(SHAPES),
 }
 
 
