@@ -32,6 +32,7 @@ ON_GPU = (
     "step_profile",
     "decode_pipeline",
     "pipeline_auto",
+    "pipeline_ideas",
     "pipeline_trace",
     "summary",
 )

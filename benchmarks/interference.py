@@ -258,6 +258,9 @@ async def observe(
     arriving: list[list[float]] = []
     prefilling: list[list[float]] = []
     replays: list[Replay] = []
+    # Made now: drawing so many tokens keeps the interpreter from the engine.
+    arriving_now = [new_sequence(setting.prompt, setting.output) for _ in range(setting.arrivals)]
+    prefilled_now = [new_sequence(setting.prompt, setting.output) for _ in range(setting.local_prefills)]
     for number in range(max(setting.arrivals, setting.local_prefills)):
         # Whatever is compiled, connected or allocated at first use is in the first of each.
         began_s = time.perf_counter()
@@ -265,13 +268,13 @@ async def observe(
         if number:
             quiet += gaps_within(engine.moments, began_s + setting.quiet_s / 10, time.perf_counter())
         if number < setting.arrivals:
-            begin_s, end_s, replayed = await arrival(engine, connection, new_sequence(setting.prompt, setting.output))
+            begin_s, end_s, replayed = await arrival(engine, connection, arriving_now[number])
             if number:
                 arriving.append(gaps_touching(engine.moments, begin_s, end_s))
                 replays.append(replayed)
         if number < setting.local_prefills:
             await asyncio.sleep(setting.quiet_s / 4)
-            begin_s, end_s = await local_prefill(engine, new_sequence(setting.prompt, setting.output))
+            begin_s, end_s = await local_prefill(engine, prefilled_now[number])
             if number:
                 prefilling.append(gaps_touching(engine.moments, begin_s, end_s))
     context = min(sequence.num_tokens for sequence in decodes)

@@ -20,6 +20,7 @@ from decode_service.pipeline.execution import Streams
 from decode_service.pipeline.order import Lane
 from decode_service.pipeline.stage_clock import StageClock, stage_clock
 from decode_service.sm.green_manager import MIN_SM, STEP_SM, GreenManager
+from decode_service.sm.sm_pairs import SmPair
 
 # Computes a step (on a GPU: enqueues it) and returns its logits, which stay until the next replay of the same step.
 Replay = Callable[[], Tensor]
@@ -35,6 +36,11 @@ class Pair(NamedTuple):
     ffn_sm: int
     partitioned: bool
     streams: Streams | None
+
+    @classmethod
+    def of(cls, pair: SmPair) -> Pair:
+        streams = {Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
+        return cls(pair.attention_sm, pair.ffn_sm, pair.partitioned, streams)
 
 
 class Device(Protocol):
@@ -92,10 +98,7 @@ class GraphDevice:
 
     def pair(self, attention_sm: int, ffn_sm: int) -> Pair | None:
         pair = self._manager.allocate(attention_sm, ffn_sm)
-        if pair is None:
-            return None
-        streams = {Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
-        return Pair(pair.attention_sm, pair.ffn_sm, pair.partitioned, streams)
+        return None if pair is None else Pair.of(pair)
 
     @property
     def missing(self) -> str:

@@ -63,10 +63,7 @@ def urgent_pair(stack: ExitStack, device: GraphDevice, attention_sm: int, lane: 
     priorities = {"attention_priority": URGENT} if lane is Lane.ATTENTION else {"ffn_priority": URGENT}
     manager = stack.enter_context(GreenManager.of(device.device, **priorities))
     pair = manager.allocate(attention_sm, manager.num_sms - attention_sm)
-    if pair is None:
-        return None
-    streams = {Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
-    return Pair(pair.attention_sm, pair.ffn_sm, pair.partitioned, streams)
+    return None if pair is None else Pair.of(pair)
 
 
 def ideas(stack: ExitStack, device: GraphDevice, workload: Workload, batch: ForwardBatch) -> Iterator[Idea]:

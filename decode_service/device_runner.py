@@ -17,8 +17,8 @@ from common.engine.special_rows import PackedLogprobs, SpecialRows
 from common.kernels.sampling import sample
 from common.params import is_special
 from decode_service.pipeline.execution import bounds
+from decode_service.pipeline.order import NUM_MICRO_BATCHES
 from decode_service.pipeline.scheduler import PipelineScheduler
-from decode_service.pipeline.step_runner import NUM_MICRO_BATCHES
 from decode_service.reservations import Reservation
 from decode_service.rows import DecodeRows, TokenSource
 

@@ -38,7 +38,7 @@ def calibrate(
     chosen = splits[:: max(1, len(splits) // NUM_COUNTS)]
     measured = []
     for cell in cells:
-        sequential_s = measuring.sequential_s(cell)
+        layers_s = measuring.layers_s(cell)
         yield
         head_s = measuring.head_s(cell)
         yield
@@ -54,5 +54,5 @@ def calibrate(
                 ):
                     stages.append(measuring.stage(cell, cut, lane, stream, num_sm))
                     yield
-        measured.append(CellCalibration(cell, sequential_s, tuple(stages), head_s=head_s))
+        measured.append(CellCalibration(cell, layers_s + head_s, tuple(stages), head_s=head_s))
     return Calibration(tuple(measured))

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+# Of a pipelined step.
+NUM_MICRO_BATCHES = 2
+
 
 class Lane(Enum):
     ATTENTION = "attention"
@@ -25,7 +28,7 @@ class Lane(Enum):
 class Cut(Enum):
     """What belongs to which lane."""
 
-    # Attention: norm, QKV, rotation, KV write, attention, output projection. FFN: norm, MLP, and at the end the head.
+    # Attention: norm, QKV, rotation, KV write, attention, output projection. FFN: norm, MLP, at the end the last norm.
     LAYER = "layer"
     # Attention: paged attention alone. FFN: every dense operation around it, so one stage more than there are layers.
     ATTENTION_CORE = "attention-core"

@@ -1,8 +1,8 @@
 """The attention/FFN pipeline as the engine sees it: one entry for a decode step, and what can be asked and changed.
 
 How each step is computed is chosen here by the policy, computed by the step runner on the streams of the green manager,
-and what it took goes back into the choice. Whatever keeps a step from being pipelined has a name, and
-the step is then a sequential one.
+and what it took goes back into the choice. Whatever keeps a step from being pipelined has a name, and the step is then
+a sequential one.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ class PipelineScheduler:
     ) -> Tensor:
         """Logits (fp32, [sequences, vocab]) of the next token of every sequence.
 
-        `finish` is called on them. `num_seqs` of the batch's rows are in use, with so many
-        tokens each on average. On a GPU this enqueues, and the logits are there until the next step.
+        `finish` is called on them. `num_seqs` of the batch's rows are in use, with so many tokens each on average. On a
+        GPU this enqueues, and the logits are there until the next step.
         """
         self._cell = cell_of(num_seqs, mean_context, self._batch_buckets)
         run = None if self._policy is None else self._policy.next_run(num_seqs, mean_context)

@@ -20,8 +20,7 @@ from common.model.qwen3 import Activations, Attended, Projected, Qwen3ForCausalL
 from decode_service.pipeline.arrangements import Cell
 from decode_service.pipeline.calibration import StageTime
 from decode_service.pipeline.execution import bounds, run_stage
-from decode_service.pipeline.order import Cut, Lane, Stage, order
-from decode_service.pipeline.step_runner import NUM_MICRO_BATCHES
+from decode_service.pipeline.order import NUM_MICRO_BATCHES, Cut, Lane, Stage, order
 
 MOST_LAYERS = 8
 REPEATS = 5
@@ -39,12 +38,11 @@ class StageMeasuring:
             self._cache = KvCache(model.config, 64, cache.block_size, model.dtype, cache.device)
             self._slots_from = 0
 
-    def sequential_s(self, cell: Cell) -> float:
-        """Of a step of the whole batch, without what draws its tokens."""
+    def layers_s(self, cell: Cell) -> float:
+        """Of a sequential step of the whole batch, all but its end: the head, and what draws its tokens."""
         times = {lane: self._time(Cut.LAYER, lane, cell.num_seqs, cell.context) for lane in Lane}
         num_layers = self._model.config.num_layers
-        layers_s = sum(first + max(num_layers - 2, 0) * middle + last for first, middle, last in times.values())
-        return layers_s + self.head_s(cell)
+        return sum(first + max(num_layers - 2, 0) * middle + last for first, middle, last in times.values())
 
     def head_s(self, cell: Cell) -> float:
         """Of the head over the whole batch."""

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from decode_service.pipeline.average import Average
 from decode_service.pipeline.calibration import StageTime
-from decode_service.pipeline.order import Cut, Lane, Timeline, order, timeline
+from decode_service.pipeline.order import NUM_MICRO_BATCHES, Cut, Lane, Timeline, order, timeline
 
-NUM_MICRO_BATCHES = 2
 NUM_SAMPLES = 3
 
 

@@ -20,12 +20,11 @@ from common.model.batch import ForwardBatch
 from common.model.qwen3 import Qwen3ForCausalLM
 from decode_service.pipeline.arrangements import Arrangement
 from decode_service.pipeline.execution import Finish, each_stage, no_finish, untimed
-from decode_service.pipeline.order import Cut, Lane, Order, Span, Stage, order
+from decode_service.pipeline.order import NUM_MICRO_BATCHES, Cut, Lane, Order, Span, Stage, order
 from decode_service.pipeline.stage_clock import StageClock, stage_clock
 from decode_service.sm.green_manager import GreenManager
 from decode_service.sm.sm_pairs import SmPair
 
-NUM_MICRO_BATCHES = 2
 # Of a capture, after each step: a step's launch is not to come late for it.
 SLICE_S = 0.5e-3
 

@@ -10,6 +10,11 @@ class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
+    CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION = 914
+
+
+class Refused(Exception):
+    """By the status that the call returns."""
 
 
 def resource(num_sms):
@@ -50,7 +55,10 @@ class FakeCudaDriver:
             self._num_calls[name] = self._num_calls.get(name, 0) + 1
             if self.fails_at.get(name) == self._num_calls[name]:
                 return (self.error,)
-            return (CUresult.CUDA_SUCCESS, *getattr(self, f"_{name}")(*arguments))
+            try:
+                return (CUresult.CUDA_SUCCESS, *getattr(self, f"_{name}")(*arguments))
+            except Refused as refused:
+                return refused.args
 
         return call
 
@@ -67,9 +75,13 @@ class FakeCudaDriver:
         return (self.capability[attribute - 75],)
 
     def _cuDeviceGetDevResource(self, device, kind):
-        return (resource(self.num_sms),)
+        self.whole = resource(self.num_sms)
+        return (self.whole,)
 
     def _cuDevSmResourceSplitByCount(self, num_groups, whole, flags, count):
+        # Neither a group nor what a split left can be split again.
+        if whole is not self.whole:
+            raise Refused(CUresult.CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION)
         granted = -(-count // 8) * 8
         groups = [resource(granted)] * min(num_groups, whole.sm.smCount // granted)
         rest = resource(whole.sm.smCount - sum(group.sm.smCount for group in groups))
