@@ -77,7 +77,7 @@ def test_a_calibration_that_failed_ends_the_run(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("out of memory\nand more")
 
-    monkeypatch.setattr("decode_service.pipeline.stage_measuring.StageMeasuring.sequential_s", fail)
+    monkeypatch.setattr("decode_service.pipeline.stage_measuring.StageMeasuring.layers_s", fail)
     with pytest.raises(SystemExit, match="the calibration failed: out of memory"):
         calibrate(engine)
     assert not list(tmp_path.iterdir())
