@@ -11,7 +11,6 @@ from benchmarks.offline import OfflineEngine, make_sequence, random_prompt
 from common.sequence import Sequence
 from decode_service.pipeline.arrangements import Cell
 from decode_service.pipeline.decisions import Mode
-from decode_service.pipeline.policy import PipelinePolicy
 from decode_service.pipeline.scheduler import PipelineStats
 
 # Steps: after a change of the way, those that were launched before; then those that are measured. One in so many is a
@@ -40,8 +39,6 @@ class Batch:
         self._pipeline = engine.engine.pipeline
         self._cell = cell
         self._static = static
-        self._way = SEQUENTIAL
-        self._policies: dict[Mode, PipelinePolicy | None] = {}
         self._sequences: list[Sequence] = []
         self._pipeline.configure(mode=Mode.DISABLED, profiling=False)
 
@@ -56,13 +53,12 @@ class Batch:
             self._switch(SEQUENTIAL)
             self._refill()
         self._switch(way)
-        has_policy = self._pipeline._policy is not None
         self._advance(SKIPPED)
         started_s = time.monotonic()
         num_run = self._advance(num_steps)
         seconds = (time.monotonic() - started_s) / num_run
-        if has_policy and self._pipeline._policy is None:
-            stats = self.stats()
+        stats = self.stats()
+        if stats.fallback_reason == "INEXACT" or stats.fallback_reason.endswith("_FAILED"):
             raise SystemExit(f"{self._cell}, {way}: {stats.fallback_reason}, {stats.fallback_detail}")
         return seconds
 
@@ -92,13 +88,8 @@ class Batch:
         return self._cell.context - SPARE_BLOCKS * self._engine.parts.cache.block_size
 
     def _switch(self, way: Way) -> None:
-        """Between two steps. What mode `auto` has learned would go with a change of the mode, so it is put back."""
-        pipeline, mode = self._pipeline, way.mode
-        self._policies[self._way.mode] = pipeline._policy
-        pipeline.configure(mode=mode, profiling=way.profiling, **(self._static if mode is Mode.STATIC else {}))
-        if mode is not self._way.mode and mode in self._policies:
-            pipeline._policy = self._policies[mode]
-        self._way = way
+        static = self._static if way.mode is Mode.STATIC else {}
+        self._pipeline.configure(mode=way.mode, profiling=way.profiling, **static)
 
     def _refill(self) -> None:
         self.close()

@@ -16,11 +16,14 @@ Result = TypeVar("Result")
 
 
 class SlicedCapture(Generic[Result]):
-    """`stages` enqueues what is captured, and pauses where another slice may begin."""
+    """`stages` enqueues what is captured, and pauses where another slice may begin.
 
-    def __init__(self, stages: Generator[None, None, Result], pool: Any) -> None:
+    Captures of one `pool` share the memory of each stream, so `stream` is best the same for all of them.
+    """
+
+    def __init__(self, stages: Generator[None, None, Result], pool: Any, stream: torch.cuda.Stream) -> None:
         self._stages = stages
-        self._stream = torch.cuda.Stream()
+        self._stream = stream
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             # Relaxed: what this thread does between slices is nothing that a capture could break.

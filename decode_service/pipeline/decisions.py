@@ -36,7 +36,6 @@ class Run(NamedTuple):
 class Reason(Enum):
     """Why steps are sequential, or why the choice changed."""
 
-    DISABLED = "disabled by configuration"
     NOT_CALIBRATED = "no stage of this or of a similar batch was measured"
     SINGLE_SEQUENCE = "one sequence is not two micro-batches"
     MEASURING = "no pipelined step was measured yet"

@@ -129,8 +129,10 @@ class PipelineScheduler:
         self._until_check = 1
         # Not recorded yet, oldest first.
         self._launched: deque[_Launched] = deque()
+        # Of mode auto, which knows again what it learned when that mode comes back.
+        self._auto: PipelinePolicy | None = None
         try:
-            self._policy = self._new_policy(ask)
+            self._policy = self._policy_for(ask)
         except NoWay as error:
             log.warning("decode steps are sequential, mode %s is not possible: %s", ask.mode.value, error)
             self._policy = None
@@ -148,15 +150,15 @@ class PipelineScheduler:
         arrangement = None if run is None else run.arrangement
         profiled = self._takes_profile() or (run is not None and run.purpose is Purpose.SAMPLE)
         way = Way(batch.num_seqs, arrangement, profiled)
-        plain = Way(batch.num_seqs)
-        if not self._runner.is_ready(way):
-            self._prepare(way, batch, finish)
-            # A profile that cannot be made yet changes nothing else.
-            way = way._replace(profiled=False)
-            if self._policy is None or not self._runner.is_ready(way):
-                way, run = plain, self._instead(run)
-        reference = self._reference(way, batch)
+        plain, reference = Way(batch.num_seqs), None
         try:
+            if not self._runner.is_ready(way):
+                self._runner.prepare(way, batch, finish)
+                # A profile that cannot be made yet changes nothing else.
+                way = way._replace(profiled=False)
+            if not self._runner.is_ready(way):
+                way, run = plain, self._instead(run)
+            reference = self._reference(way, batch)
             logits = self._runner.run(way, batch, finish)
         except NoWay as error:
             if way == plain:
@@ -165,6 +167,10 @@ class PipelineScheduler:
             way, run, reference = plain, None, None
             logits = self._runner.run(way, batch, finish)
         self._launched.append(_Launched(run, way, None if reference is None else _have_same_bits(logits, reference)))
+        try:
+            self._runner.advance()
+        except NoWay as error:
+            self._fall_back(error)
         return logits
 
     def warm_up(self, batch: ForwardBatch, finish: Finish) -> None:
@@ -223,7 +229,8 @@ class PipelineScheduler:
         except StopIteration as end:
             self._calibrating = None
             self._calibration = end.value
-            self._policy = self._new_policy(self._ask)
+            self._auto = None
+            self._policy = self._policy_for(self._ask)
             self._on_calibrated(self._calibration)
         except RuntimeError as error:
             self._calibrating = None
@@ -247,7 +254,7 @@ class PipelineScheduler:
         ask = Ask(mode or old.mode, cut or old.cut, attention_sm or old.attention_sm, ffn_sm or old.ffn_sm)
         if ask != old:
             try:
-                policy = self._new_policy(ask)
+                policy = self._policy_for(ask)
             except NoWay as error:
                 raise FailedPrecondition(
                     f"mode static cannot be run here ({error}); use auto or disabled", field="mode", reason=error.reason
@@ -293,7 +300,7 @@ class PipelineScheduler:
             gain=(policy.gain(cell) or 0.0) if choice and policy and cell else 0.0,
         )
 
-    def _new_policy(self, ask: Ask) -> PipelinePolicy | None:
+    def _policy_for(self, ask: Ask) -> PipelinePolicy | None:
         """None: no step can be pipelined. Raises NoWay: mode static, and there is no such pair of streams."""
         asked = None
         if ask.mode is Mode.STATIC:
@@ -303,12 +310,17 @@ class PipelineScheduler:
             asked = Arrangement(ask.cut, pair.attention_sm, pair.ffn_sm)
         if self._obstacle or not self._partitions.num_sms or ask.mode is Mode.DISABLED:
             return None
+        if asked is not None:
+            return self._new_policy(asked)
+        self._auto = self._auto or self._new_policy()
+        return self._auto
+
+    def _new_policy(self, asked: Arrangement | None = None) -> PipelinePolicy:
         return PipelinePolicy(
             self._arrangements(asked),
             self._calibration,
             num_layers=self._num_layers,
             batch_buckets=self._batch_buckets,
-            mode=ask.mode,
             asked=asked,
         )
 
@@ -344,24 +356,22 @@ class PipelineScheduler:
         return True
 
     def _reference(self, way: Way, batch: ForwardBatch) -> Tensor | None:
-        """What this step has to give, if it is one to be checked."""
+        """What this step has to give, if it is one to be checked: once what gives it can be run at once."""
         if way.arrangement is None:
             return None
-        self._until_check -= 1
+        self._until_check = max(self._until_check - 1, 0)
         if self._until_check:
+            return None
+        if not self._runner.is_ready(way.reference):
+            self._runner.prepare(way.reference, batch, no_finish)
             return None
         self._until_check = CHECK_EVERY
         try:
-            return self._runner.reference(way, batch)
+            # Graphs share memory.
+            return self._runner.run(way.reference, batch, no_finish).clone()
         except torch.OutOfMemoryError:
             log.warning("a pipelined step of %d rows is not checked: there is no memory for another one", way.num_rows)
             return None
-
-    def _prepare(self, way: Way, batch: ForwardBatch, finish: Finish) -> None:
-        try:
-            self._runner.prepare(way, batch, finish)
-        except NoWay as error:
-            self._fall_back(error)
 
     def _instead(self, run: Run | None) -> Run | None:
         """What the policy is told of a sequential step that it did not choose."""

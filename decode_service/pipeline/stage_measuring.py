@@ -10,6 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -33,6 +34,12 @@ class StageMeasuring:
         self._model = model
         self._cache = cache
         self._slots_from = cache.scratch_block * cache.block_size
+        # Of graphs, which take each other's memory: with a pool for each, what the last ones took is not given back
+        # while the next one is captured. The last graph keeps the pool.
+        self._pool: Any = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        # Not the caller's, which may be the default stream: nothing can be captured there.
+        self._caller: torch.cuda.Stream | None = None
         if not model.operations.replayable:
             # Only kernels reach the scratch block.
             self._cache = KvCache(model.config, 64, cache.block_size, model.dtype, cache.device)
@@ -127,8 +134,8 @@ class StageMeasuring:
                 run()
                 times.append(time.perf_counter() - started_s)
             return statistics.median(times)
-        # Not the caller's, which may be the default stream: nothing can be captured there.
-        caller = torch.cuda.Stream(self._cache.device)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._caller = caller = self._caller or torch.cuda.Stream(self._cache.device)
         caller.wait_stream(torch.cuda.current_stream())
 
         def in_stream() -> None:
@@ -143,12 +150,12 @@ class StageMeasuring:
         with torch.cuda.stream(caller):
             in_stream()
             caller.synchronize()
-            graph, _ = capture(in_stream, torch.cuda.graph_pool_handle())
+            self._graph, _ = capture(in_stream, self._pool)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 2)]
-            graph.replay()
+            self._graph.replay()
             for event in events:
                 event.record()
-                graph.replay()
-            # The graph goes with this call, and its last replay is after the last event.
+                self._graph.replay()
+            # The graph goes with the next call, and its last replay is after the last event.
             caller.synchronize()
         return statistics.median(earlier.elapsed_time(later) * 1e-3 for earlier, later in itertools.pairwise(events))

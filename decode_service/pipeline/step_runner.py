@@ -1,13 +1,16 @@
 """Computes decode steps, each in the way it is told: sequential or in some arrangement, profiled or not.
 
 On a GPU every way has a CUDA graph for each batch bucket. Those of sequential steps are captured before the service is
-ready; those of arrangements when they are first wanted, a slice after each step, and the ones not used for longest go
-when they take more memory than they may.
+ready; all others when they are first wanted, a slice after each step, and the ones not used for longest go when they
+take more memory than they may.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +38,18 @@ class Way(NamedTuple):
     num_rows: int
     arrangement: Arrangement | None = None
     profiled: bool = False
+    # Otherwise the stages of the arrangement one after the other, and nothing is drawn.
+    in_lanes: bool = True
+
+    @property
+    def reference(self) -> Way:
+        """Gives the logits that this one has to give, from the same kernels."""
+        return Way(self.num_rows, self.arrangement, in_lanes=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Has a graph from the start, which stays."""
+        return self.arrangement is None and not self.profiled
 
 
 class NoWay(Exception):
@@ -52,10 +67,12 @@ class _Graph(NamedTuple):
     num_bytes: int
 
 
-class _Capture(NamedTuple):
+@dataclass
+class _Capture:
     way: Way
     slices: SlicedCapture[Tensor]
-    free_bytes: int
+    # Taken by the slices so far.
+    num_bytes: int = 0
 
 
 class StepRunner:
@@ -64,7 +81,7 @@ class StepRunner:
     def __init__(
         self, model: Qwen3ForCausalLM, cache: KvCache, partitions: GreenManager, *, max_graph_bytes: int
     ) -> None:
-        """`max_graph_bytes`: what graphs of arrangements may take, all together."""
+        """`max_graph_bytes`: what graphs captured while serving may take, all together."""
         self._model = model
         self._cache = cache
         self._partitions = partitions
@@ -72,6 +89,7 @@ class StepRunner:
         self._is_cuda = cache.device.type == "cuda"
         self._graphs: OrderedDict[Way, _Graph] = OrderedDict()
         self._capture: _Capture | None = None
+        self._capturing: torch.cuda.Stream | None = None
         self._clocks: dict[Way, StageClock] = {}
         self._pool: Any = None
 
@@ -105,18 +123,39 @@ class StepRunner:
         return self._pool is None or way in self._graphs
 
     def prepare(self, way: Way, batch: ForwardBatch, finish: Finish) -> None:
-        """Captures a slice of the graph of a way that is not ready; begins with it unless another one is under way.
+        """Begins to capture the graph of a way that is not ready, unless another one is under way.
 
         Raises:
             NoWay: there are no such streams, or CAPTURE_FAILED.
         """
-        try:
-            if self._capture is None:
-                self._capture = self._begin(way, batch, finish)
-            self._advance(self._capture)
-        except RuntimeError as error:
-            self._capture = None
-            raise NoWay("CAPTURE_FAILED", str(error).partition("\n")[0]) from error
+        if self._capture is None:
+            with _failing_as("CAPTURE_FAILED"):
+                self._capturing = self._capturing or torch.cuda.Stream(self._cache.device)
+                slices = SlicedCapture(self._stages(way, batch, finish), self._pool, self._capturing)
+                self._capture = _Capture(way, slices)
+
+    def advance(self) -> None:
+        """After a step: captures another slice of what is under way.
+
+        Raises:
+            NoWay: CAPTURE_FAILED.
+        """
+        under_way = self._capture
+        if under_way is None:
+            return
+        free_bytes = torch.cuda.mem_get_info(self._cache.device)[0]
+        self._capture = None
+        with _failing_as("CAPTURE_FAILED"):
+            done = under_way.slices.advance(SLICE_S)
+        # Of the slices alone: between them others may take memory or give it back.
+        under_way.num_bytes += free_bytes - torch.cuda.mem_get_info(self._cache.device)[0]
+        if done is None:
+            self._capture = under_way
+            return
+        self._graphs[under_way.way] = _Graph(*done, max(0, under_way.num_bytes))
+        others = [way for way in self._graphs if not way.is_plain]
+        while self.graph_bytes > self._max_graph_bytes and len(others) > 1:
+            del self._graphs[others.pop(0)]
 
     def run(self, way: Way, batch: ForwardBatch, finish: Finish) -> Tensor:
         """Logits (float32) of all rows, until the next step. On a GPU this enqueues.
@@ -127,23 +166,10 @@ class StepRunner:
         if self._pool is None:
             return self._compute(way, batch, finish)
         entry = self._graphs[way]
-        if way.arrangement is not None:
-            self._graphs.move_to_end(way)
-        try:
+        self._graphs.move_to_end(way)
+        with _failing_as("REPLAY_FAILED"):
             entry.graph.replay()
-        except RuntimeError as error:
-            raise NoWay("REPLAY_FAILED", str(error).partition("\n")[0]) from error
         return entry.logits
-
-    def reference(self, way: Way, batch: ForwardBatch) -> Tensor:
-        """The logits that a pipelined way has to give for this step, from the same kernels, one stage after the other.
-
-        Nothing is drawn, and the keys and values that it writes are those of the step.
-
-        Raises:
-            torch.OutOfMemoryError: there is no room for them beside what serving needs.
-        """
-        return self._compute(way, batch, no_finish, in_lanes=False)
 
     def spans(self, way: Way) -> dict[Stage, Span]:
         """When each stage of the last step of a profiled way began and ended; once that step has ended."""
@@ -155,7 +181,7 @@ class StepRunner:
 
     @property
     def graph_bytes(self) -> int:
-        """What the graphs of arrangements have taken."""
+        """What the graphs captured while serving have taken."""
         return sum(entry.num_bytes for entry in self._graphs.values())
 
     def handoff_bytes(self, cut: Cut) -> int:
@@ -172,24 +198,8 @@ class StepRunner:
         for way in [way for way in self._graphs if way.arrangement is not None]:
             del self._graphs[way]
 
-    def _begin(self, way: Way, batch: ForwardBatch, finish: Finish) -> _Capture:
+    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish) -> Tensor:
         stages = self._stages(way, batch, finish)
-        free_bytes = torch.cuda.mem_get_info(self._cache.device)[0]
-        return _Capture(way, SlicedCapture(stages, self._pool), free_bytes)
-
-    def _advance(self, under_way: _Capture) -> None:
-        done = under_way.slices.advance(SLICE_S)
-        if done is None:
-            return
-        self._capture = None
-        num_bytes = max(0, under_way.free_bytes - torch.cuda.mem_get_info(self._cache.device)[0])
-        self._graphs[under_way.way] = _Graph(*done, num_bytes)
-        arranged = [way for way in self._graphs if way.arrangement is not None]
-        while self.graph_bytes > self._max_graph_bytes and len(arranged) > 1:
-            del self._graphs[arranged.pop(0)]
-
-    def _compute(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> Tensor:
-        stages = self._stages(way, batch, finish, in_lanes=in_lanes)
         while True:
             try:
                 next(stages)
@@ -197,10 +207,10 @@ class StepRunner:
                 logits: Tensor = end.value
                 return logits
 
-    def _stages(self, way: Way, batch: ForwardBatch, finish: Finish, *, in_lanes: bool = True) -> Any:
+    def _stages(self, way: Way, batch: ForwardBatch, finish: Finish) -> Any:
         pair = self.pair(way.arrangement.attention_sm, way.arrangement.ffn_sm) if way.arrangement else None
         around = untimed
-        if way.profiled and in_lanes:
+        if way.profiled:
             self._clocks.setdefault(way, stage_clock(self._cache.device))
             around = self._clocks[way].around
         return each_stage(
@@ -208,11 +218,19 @@ class StepRunner:
             self._cache,
             batch,
             self.order(way),
-            finish=finish,
+            finish=finish if way.in_lanes else no_finish,
             # On a CPU the lanes take turns.
             streams={Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
-            if pair and in_lanes and self._is_cuda
+            if pair and way.in_lanes and self._is_cuda
             else None,
             attention_sm=pair.attention_sm if pair else None,
             around=around,
         )
+
+
+@contextlib.contextmanager
+def _failing_as(reason: str) -> Generator[None, None, None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise NoWay(reason, str(error).partition("\n")[0]) from error

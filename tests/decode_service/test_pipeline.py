@@ -157,6 +157,54 @@ def test_partitions_that_fail_their_check_are_never_run_on(gpu):
     assert (stats.num_pipelined_steps, stats.fallback_reason) == (0, "VERIFICATION_FAILED")
 
 
+def test_a_check_waits_for_what_it_compares_with(gpu, monkeypatch):
+    running = engine(gpu, **STATIC)
+    prepared, ran = [], []
+    runner, is_captured = running.pipeline._runner, False
+    compute = runner.run
+
+    def run(way, batch, finish):
+        ran.append(way)
+        return compute(way, batch, finish)
+
+    monkeypatch.setattr(runner, "is_ready", lambda way: way.in_lanes or is_captured)
+    monkeypatch.setattr(runner, "prepare", lambda way, *_: prepared.append(way))
+    monkeypatch.setattr(runner, "run", run)
+    for sequence in requests(4, max_tokens=80):
+        running.open(sequence, local=True)
+    while running.pipeline.stats().num_pipelined_steps < 5:
+        running.turn()
+    assert all(way.in_lanes for way in ran)
+    assert {way.in_lanes for way in prepared} == {False}
+    is_captured = True
+    while running.pipeline.stats().num_pipelined_steps < 10:
+        running.turn()
+    assert sum(not way.in_lanes for way in ran) == 1
+
+
+def test_what_is_begun_to_be_captured_goes_on_after_every_step(gpu, monkeypatch):
+    running = engine(gpu, **STATIC)
+    begun, advanced = [], []
+    runner = running.pipeline._runner
+    monkeypatch.setattr(runner, "is_ready", lambda way: way.arrangement is None or len(advanced) >= 5)
+    monkeypatch.setattr(runner, "prepare", lambda way, *_: begun.append(way))
+    monkeypatch.setattr(runner, "advance", lambda: advanced.append(len(begun)))
+    for sequence in requests(4, max_tokens=80):
+        running.open(sequence, local=True)
+    while running.pipeline.stats().num_pipelined_steps < 2:
+        running.turn()
+    assert len(advanced) >= running.pipeline.stats().num_steps
+
+
+def test_auto_knows_again_what_it_learned_before_another_mode(gpu):
+    running = engine(gpu, decode_pipeline="auto")
+    learned = running.pipeline._policy
+    running.pipeline.configure(mode=Mode.STATIC, attention_sm=64, ffn_sm=68)
+    assert running.pipeline._policy is not learned
+    running.pipeline.configure(mode=Mode.AUTO)
+    assert running.pipeline._policy is learned
+
+
 @pytest.mark.parametrize(("fault", "reason"), [("prepare", "CAPTURE_FAILED"), ("run", "REPLAY_FAILED")])
 def test_a_pipelined_step_that_fails_is_computed_sequentially(gpu, monkeypatch, fault, reason):
     expected = sequential_engine().run_all(requests(5))
@@ -190,7 +238,7 @@ def test_a_pipelined_step_with_other_bits_is_the_last_one(gpu, monkeypatch):
 
     def run(way, batch, finish):
         logits = compute(way, batch, finish)
-        if way.arrangement is not None:
+        if way.arrangement is not None and way.in_lanes:
             logits.view(torch.int32)[-1, 7] ^= 1
         return logits
 
@@ -202,11 +250,15 @@ def test_a_pipelined_step_with_other_bits_is_the_last_one(gpu, monkeypatch):
 
 
 def test_a_check_without_memory_is_left_out(gpu, monkeypatch, caplog):
-    def reference(way, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     running = engine(gpu, **STATIC)
-    monkeypatch.setattr(running.pipeline._runner, "reference", reference)
+    compute = running.pipeline._runner.run
+
+    def run(way, batch, finish):
+        if not way.in_lanes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(way, batch, finish)
+
+    monkeypatch.setattr(running.pipeline._runner, "run", run)
     running.run_all(requests(4))
     assert running.pipeline.stats().num_pipelined_steps > 1
     assert "not checked" in caplog.text

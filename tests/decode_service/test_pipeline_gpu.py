@@ -107,7 +107,7 @@ def test_a_graph_captured_in_slices_gives_the_bits_of_one_stream(engine, partiti
         run_pipelined(model, cache, batch, steps, **options)
         torch.cuda.synchronize()
         stages = each_stage(model, cache, batch, steps, finish=lambda *_: None, around=untimed, **options)
-        capture, num_slices = SlicedCapture(stages, pool), 0
+        capture, num_slices = SlicedCapture(stages, pool, torch.cuda.Stream()), 0
         while (done := capture.advance(0.0002)) is None:
             num_slices += 1
             # What a server does between two slices.

@@ -9,7 +9,7 @@ import pytest
 from decode_service.pipeline.arrangements import Arrangement, Cell, cell_of
 from decode_service.pipeline.calibration import Calibration
 from decode_service.pipeline.cell_policy import LOSING
-from decode_service.pipeline.decisions import Change, Mode, Purpose, Reason
+from decode_service.pipeline.decisions import Change, Purpose, Reason
 from decode_service.pipeline.order import Cut
 from decode_service.pipeline.policy import PipelinePolicy
 from decode_service.pipeline.windows import WINDOW
@@ -119,7 +119,7 @@ def test_a_calibration_that_does_not_come_true_ends_sequential_with_a_reason():
     outcome = drive(policy, model, BALANCED, 10_000)
     assert outcome.reasons[0] is Reason.LOSS_AGAINST_SEQUENTIAL
     assert policy.reason(BALANCED) is Reason.LOSS_AGAINST_SEQUENTIAL
-    assert policy.num_switches == 1
+    assert sum(change.is_switch for _, change in outcome.changes) == 1
     assert outcome.speed > 0.99
 
 
@@ -160,7 +160,7 @@ def test_pairs_follow_a_load_that_drifts_one_at_a_time():
     outcome = drive(policy, model, BALANCED, 20_000, turn=grow)
     moved = [(change.before.attention_sm, change.after.attention_sm) for _, change in outcome.changes]
     assert moved == [(48, 64), (64, 80)]
-    assert policy.num_rebalances == 2
+    assert all(change.is_rebalance for _, change in outcome.changes)
     assert behind_the_best(policy, model, BALANCED) < 0.02
 
 
@@ -187,20 +187,13 @@ def test_a_change_that_does_not_bring_what_was_predicted_is_taken_back():
 
 def test_a_static_split_runs_whatever_it_costs_and_its_loss_is_known():
     model = PartitionModel()
-    policy = make_policy(model, BALANCED, mode=Mode.STATIC, asked=LAYER_16)
+    policy = make_policy(model, BALANCED, asked=LAYER_16)
     outcome = drive(policy, model, BALANCED, 3_000)
     assert not outcome.changes
     assert policy.choice(BALANCED) == LAYER_16
     share = model.step_s(LAYER_16, BALANCED) / model.step_s(None, BALANCED)
     assert policy.gain(BALANCED) == pytest.approx(1 / share, rel=0.01)
     assert outcome.purposes.count(Purpose.PROBE) <= 3_000 / (8 * WINDOW) + 1
-
-
-def test_disabled_is_sequential_and_looks_at_nothing():
-    model = PartitionModel()
-    policy = make_policy(model, BALANCED, mode=Mode.DISABLED)
-    assert set(drive(policy, model, BALANCED, 200).purposes) == {Purpose.CHOICE}
-    assert policy.reason(BALANCED) is Reason.DISABLED
 
 
 def test_probes_are_one_step_in_a_window_at_most():
@@ -229,7 +222,7 @@ def test_without_any_data_steps_are_sequential_and_say_why():
 
 def test_a_single_sequence_is_not_cut_in_two():
     model = PartitionModel()
-    policy = make_policy(model, BALANCED, mode=Mode.STATIC, asked=CORE_48)
+    policy = make_policy(model, BALANCED, asked=CORE_48)
     assert policy.next_run(1, 300).arrangement is None
     assert policy.reason(Cell(1, 512)) is Reason.SINGLE_SEQUENCE
 
@@ -249,16 +242,6 @@ def test_a_step_that_began_before_a_change_does_not_count_as_the_new_choice():
     stale = stale._replace(arrangement=LAYER_16, purpose=Purpose.CHOICE)
     for _ in range(LOSING * WINDOW):
         assert policy.observe(stale, 1.0) is None
-
-
-def test_a_change_of_mode_keeps_what_was_measured():
-    model = PartitionModel()
-    policy = make_policy(model, BALANCED)
-    drive(policy, model, BALANCED, 1_000)
-    policy.configure(Mode.STATIC, LAYER_16)
-    assert policy.next_run(*BALANCED).arrangement == LAYER_16
-    policy.configure(Mode.AUTO)
-    assert policy.choice(BALANCED) == CORE_48
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_decode_attention_is_tiled_for_the_models_dtype(dtype, monkeypatch):
     operations = KernelOperations(model_config(head_dim=128), DEVICE)
     queries = torch.empty(3, 4, 128, dtype=dtype, device=DEVICE)
     operations.paged_attention(queries, torch.empty(0, device=DEVICE), decode_batch(3), 1.0)
-    assert plans[0].tiling == default_tiling(3, 128, dtype, fixed_pieces=False)
+    assert plans[0].tiling == default_tiling(3, 8, 128, dtype, fixed_pieces=False)
 
 
 @pytest.mark.parametrize(
