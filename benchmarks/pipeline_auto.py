@@ -45,7 +45,7 @@ def calibrate(engine: OfflineEngine) -> float:
     started_s, pipeline = time.monotonic(), engine.engine.pipeline
     with on_device(engine.parts.device):
         while pipeline.stats().fallback_reason == Reason.NOT_CALIBRATED.name:
-            pipeline.calibrate(1.0)
+            pipeline.idle(1.0)
     stats = pipeline.stats()
     if stats.fallback_reason == "CALIBRATION_FAILED":
         raise SystemExit(f"the calibration failed: {stats.fallback_detail}")

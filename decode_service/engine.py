@@ -31,8 +31,8 @@ from decode_service.reservations import Reservation, State
 from decode_service.runner import DecodeRunner, Launched, Step, StepReader
 from decode_service.scheduler import DecodeScheduler, Plan
 
-# Of a calibration, at a time: a request that comes waits for it.
-CALIBRATE_S = 0.02
+# Of captures and of a calibration, at a time: a request that comes waits for it.
+IDLE_S = 0.02
 # A sequence's first tokens never gather: somebody waits for them.
 FIRST_TOKENS = 2
 
@@ -113,12 +113,14 @@ class DecodeEngine(EngineLoop):
         if not self._num_decodes_in_flight:
             self._announce(self.scheduler.schedule())
             if not self.scheduler.reservations and not self._num_prefills_in_flight:
-                self.pipeline.calibrate(CALIBRATE_S)
+                self.pipeline.idle(IDLE_S)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         super().stop(timeout_s)
         if self._reader is not None:
             self._reader.stop()
+        if not self.is_alive():
+            self.pipeline.close()
 
     def publish(self) -> None:
         self._outbox.send()

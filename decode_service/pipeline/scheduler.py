@@ -218,14 +218,19 @@ class PipelineScheduler:
                     change.reason.value,
                 )
 
-    def calibrate(self, seconds: float) -> None:
-        """Measures for about so long, between two steps, if mode `auto` still has something to measure."""
-        if self._calibrating is None or self._ask.mode is not Mode.AUTO or self._policy is None:
-            return
+    def idle(self, seconds: float) -> None:
+        """For about so long, between two steps: ends captures, and measures what mode `auto` still has to measure."""
         until_s = time.monotonic() + seconds
         try:
-            while time.monotonic() < until_s:
+            while self._runner.is_capturing:
+                if time.monotonic() > until_s:
+                    return
+                self._runner.advance()
+            # Not while something is captured: what it draws would be.
+            while self._calibrating and self._ask.mode is Mode.AUTO and self._policy and time.monotonic() < until_s:
                 next(self._calibrating)
+        except NoWay as error:
+            self._fall_back(error)
         except StopIteration as end:
             self._calibrating = None
             self._calibration = end.value
@@ -262,6 +267,11 @@ class PipelineScheduler:
             self._policy, self._ask = policy, ask
             self._fallback = None
         self._profiling = self._profiling if profiling is None else profiling
+
+    def close(self) -> None:
+        """Gives back what was captured for arrangements, and the partitions. No step may follow. Safe to repeat."""
+        self._runner.forget()
+        self._partitions.close()
 
     def stats(self) -> PipelineStats:
         seen, policy, cell = self._statistics, self._policy, self._cell

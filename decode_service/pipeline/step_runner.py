@@ -134,6 +134,10 @@ class StepRunner:
                 slices = SlicedCapture(self._stages(way, batch, finish), self._pool, self._capturing)
                 self._capture = _Capture(way, slices)
 
+    @property
+    def is_capturing(self) -> bool:
+        return self._capture is not None
+
     def advance(self) -> None:
         """After a step: captures another slice of what is under way.
 
@@ -154,7 +158,8 @@ class StepRunner:
             return
         self._graphs[under_way.way] = _Graph(*done, max(0, under_way.num_bytes))
         others = [way for way in self._graphs if not way.is_plain]
-        while self.graph_bytes > self._max_graph_bytes and len(others) > 1:
+        # Two stay: a step, and what it is compared with.
+        while self.graph_bytes > self._max_graph_bytes and len(others) > 2:
             del self._graphs[others.pop(0)]
 
     def run(self, way: Way, batch: ForwardBatch, finish: Finish) -> Tensor:

@@ -305,10 +305,27 @@ def test_an_idle_worker_calibrates_and_the_next_start_knows(gpu, cache_folder):
 
 def test_a_worker_with_requests_does_not_calibrate(gpu, cache_folder, monkeypatch):
     running = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
-    monkeypatch.setattr(running.pipeline, "calibrate", lambda seconds: pytest.fail("it measures"))
+    monkeypatch.setattr(running.pipeline, "idle", lambda seconds: pytest.fail("it measures"))
     running.open(requests(1, max_tokens=20)[0], local=False)
     for _ in range(5):
         running.turn()
+
+
+def test_an_idle_worker_ends_a_capture_before_it_measures(gpu, cache_folder, monkeypatch):
+    running = engine(gpu, decode_pipeline="auto", max_num_seqs=32, num_blocks=600)
+    runner, slices = running.pipeline._runner, iter(range(3))
+    measured = []
+
+    def advance():
+        if next(slices, None) is None:
+            runner._capture = None
+
+    monkeypatch.setattr(runner, "_capture", object())
+    monkeypatch.setattr(runner, "advance", advance)
+    monkeypatch.setattr(StageMeasuring, "layers_s", lambda self, cell: measured.append(runner.is_capturing) or 1.0)
+    while not measured:
+        running.turn()
+    assert measured[0] is False
 
 
 @pytest.mark.parametrize("mode", ["disabled", "static"])

@@ -46,6 +46,20 @@ def engine():
     return HandTurnedEngine(**CUDA)
 
 
+@pytest.fixture
+def captured(partitions):
+    """Engines with graphs. A test may leave one in the middle of a capture, during which others cannot use the GPU."""
+    engines = []
+
+    def make(**settings):
+        engines.append(HandTurnedEngine(captured=True, partitions=partitions, **{**CUDA, **settings}))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.pipeline.close()
+
+
 def streams_of(pair):
     return {Lane.ATTENTION: pair.attention, Lane.FFN: pair.ffn}
 
@@ -120,7 +134,7 @@ def test_a_graph_captured_in_slices_gives_the_bits_of_one_stream(engine, partiti
     assert num_slices > 1
 
 
-def scripted_tokens(partitions, script_seed: int, monkeypatch, *, in_one_stream: bool) -> tuple[list, list]:
+def scripted_tokens(captured, partitions, script_seed: int, monkeypatch, *, in_one_stream: bool) -> tuple[list, list]:
     """Tokens of every request, and all KV at the end: sequences join and leave, splits and cuts change.
 
     A step's tokens are awaited before the next, and graphs captured at once, so that each run has the same steps.
@@ -132,7 +146,7 @@ def scripted_tokens(partitions, script_seed: int, monkeypatch, *, in_one_stream:
             step_runner, "each_stage", lambda *args, streams, **options: enqueued(*args, streams=None, **options)
         )
     draw = random.Random(script_seed)
-    engine = HandTurnedEngine(captured=True, partitions=partitions, decode_pipeline="static", **CUDA)
+    engine = captured(decode_pipeline="static")
     num_sms, live, every = partitions.num_sms, [], []
     while engine.pipeline.stats().num_pipelined_steps < 500:
         if len(live) < 40 and draw.random() < 0.4:
@@ -153,23 +167,25 @@ def scripted_tokens(partitions, script_seed: int, monkeypatch, *, in_one_stream:
     return [engine.tokens(sequence) for sequence in every], kv
 
 
-def test_five_hundred_steps_with_joins_leaves_and_rebalances_give_the_bits_of_one_stream(partitions, monkeypatch):
-    tokens, kv = scripted_tokens(partitions, 1, monkeypatch, in_one_stream=False)
-    expected_tokens, expected_kv = scripted_tokens(partitions, 1, monkeypatch, in_one_stream=True)
+def test_five_hundred_steps_with_joins_leaves_and_rebalances_give_the_bits_of_one_stream(
+    captured, partitions, monkeypatch
+):
+    tokens, kv = scripted_tokens(captured, partitions, 1, monkeypatch, in_one_stream=False)
+    expected_tokens, expected_kv = scripted_tokens(captured, partitions, 1, monkeypatch, in_one_stream=True)
     assert tokens == expected_tokens
     assert all(map(torch.equal, kv, expected_kv))
 
 
-def test_greedy_tokens_of_the_bundled_model_are_those_of_sequential_steps(partitions):
+def test_greedy_tokens_of_the_bundled_model_are_those_of_sequential_steps(captured):
     from common.config import TINY_MODEL
     from common.tokenization import Tokenizer
 
     tokenizer = Tokenizer.load(TINY_MODEL)
     prompts = [tokenizer.encode(text) for text in ("Return a list of", "The for statement is", "Raised when", "An")]
-    settings = {**CUDA, "model": TINY_MODEL, "load_format": "auto", "dtype": "float32"}
+    settings = {"model": TINY_MODEL, "load_format": "auto", "dtype": "float32"}
 
     def tokens(**more):
-        running = HandTurnedEngine(captured=True, partitions=partitions, **settings, **more)
+        running = captured(**settings, **more)
         return running.run_all([make_request(prompt, max_tokens=100, temperature=0.0) for prompt in prompts * 4])
 
     expected = tokens(decode_pipeline="disabled")
@@ -178,15 +194,12 @@ def test_greedy_tokens_of_the_bundled_model_are_those_of_sequential_steps(partit
         assert tokens(decode_pipeline_cut=cut.value, **static) == expected
 
 
-def test_graphs_of_arrangements_keep_within_their_budget(partitions, monkeypatch):
-    engine = HandTurnedEngine(
-        captured=True,
-        partitions=partitions,
+def test_graphs_of_arrangements_keep_within_their_budget(captured, monkeypatch):
+    engine = captured(
         decode_pipeline="static",
         decode_attention_sm=64,
         decode_ffn_sm=68,
         decode_pipeline_graphs_gib=0.0,
-        **CUDA,
     )
     # Graphs of a model this small take no memory that could be seen.
     free_bytes = itertools.count(1 << 30, -(1 << 20))
@@ -199,13 +212,13 @@ def test_graphs_of_arrangements_keep_within_their_budget(partitions, monkeypatch
         start = engine.pipeline.stats().num_pipelined_steps
         while engine.pipeline.stats().num_pipelined_steps < start + 5:
             engine.turn()
-    # The newest stays, whatever it takes.
-    assert engine.pipeline.num_graphs == before + 1
+    # A step and what it is compared with stay, whatever they take.
+    assert engine.pipeline.num_graphs == before + 2
 
 
-def test_an_idle_worker_measures_its_stages(partitions, tmp_path, monkeypatch):
+def test_an_idle_worker_measures_its_stages(captured, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    running = HandTurnedEngine(captured=True, partitions=partitions, **{**CUDA, "max_num_seqs": 32})
+    running = captured(max_num_seqs=32)
     while running.pipeline.stats().fallback_reason == "NOT_CALIBRATED":
         running.turn()
     stats = running.pipeline.stats()
@@ -217,15 +230,12 @@ def test_an_idle_worker_measures_its_stages(partitions, tmp_path, monkeypatch):
     assert all(stage[name] > 0 for stage in cell["stages"] for name in ("seconds", "first_s", "last_s"))
 
 
-def test_profiles_of_captured_steps_have_the_order_of_the_lanes(partitions):
-    engine = HandTurnedEngine(
-        captured=True,
-        partitions=partitions,
+def test_profiles_of_captured_steps_have_the_order_of_the_lanes(captured):
+    engine = captured(
         decode_pipeline="static",
         decode_attention_sm=64,
         decode_ffn_sm=68,
         decode_pipeline_profiling=True,
-        **CUDA,
     )
     for index in range(32):
         engine.open(make_request(range(index, index + 9), max_tokens=400), local=True)

@@ -122,7 +122,7 @@ class RememberingPipeline:
     def record_step(self, seconds, num_tokens):
         pass
 
-    def calibrate(self, seconds):
+    def idle(self, seconds):
         pass
 
 
