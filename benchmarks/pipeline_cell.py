@@ -152,7 +152,7 @@ def profiled(
 ) -> list[dict[Stage, Span]]:
     """When the stages ran of so many steps, after one that does not count."""
     clock = device.clock()
-    replay = device.captured(workload.step(batch, order, pair=pair, clock=clock))
+    replay = device.captured(workload.step(batch, order, pair=pair, around=clock.around))
     steps = []
     for _ in range(num_steps + 1):
         replay()

@@ -2,7 +2,8 @@
 
     python -m benchmarks.pipeline_ideas [--model 8B] [--layers 8] [--batch 1024] [--context 1024]
 
-Every row is a CUDA graph of a whole step in the cut attention-core; the sequential step of the same run is the first.
+Every row is a CUDA graph of a whole step, if nothing else is said in the cut attention-core, beside the sequential step
+in the same turns.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch
 
 from benchmarks.pipeline_cell import TURNS, timed_stages
 from benchmarks.pipeline_device import GraphDevice, Pair, Replay
+from benchmarks.pipeline_prefetch import Prefetching
 from benchmarks.pipeline_steps import Workload
 from benchmarks.report import Report
 from benchmarks.shapes import PIPELINE_SHAPES
 from common.model.batch import ForwardBatch
+from decode_service.pipeline import execution
 from decode_service.pipeline.arrangements import Cell
 from decode_service.pipeline.execution import bounds
 from decode_service.pipeline.order import Cut, Lane
@@ -32,6 +35,10 @@ from decode_service.sm.green_manager import GreenManager
 CUT = Cut.ATTENTION_CORE
 SPLITS = (40, 48, 56, 64, 72, 80)
 MICRO_BATCHES = (3, 4)
+# Share of the first of two micro-batches.
+UNEQUAL = (0.4, 0.45)
+# For each layer: a part of an H200's 50 MB of L2.
+PREFETCHED_BYTES = (4 << 20, 16 << 20)
 # Streams of -5 are the most urgent.
 URGENT = -5
 
@@ -59,6 +66,17 @@ def within(context: Callable[[], object], step: Replay) -> Replay:
     return run
 
 
+@contextmanager
+def first_has(share: float) -> Iterator[None]:
+    """Within, the first of two micro-batches has this share of the rows."""
+    kept = execution.bounds
+    execution.bounds = lambda num_rows, _: [0, round(num_rows * share / 4) * 4, num_rows]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        execution.bounds = kept
+
+
 def urgent_pair(stack: ExitStack, device: GraphDevice, attention_sm: int, lane: Lane) -> Pair | None:
     priorities = {"attention_priority": URGENT} if lane is Lane.ATTENTION else {"ffn_priority": URGENT}
     manager = stack.enter_context(GreenManager.of(device.device, **priorities))
@@ -83,11 +101,18 @@ def ideas(stack: ExitStack, device: GraphDevice, workload: Workload, batch: Forw
             urgent = urgent_pair(stack, device, pair.attention_sm, lane)
             if urgent is not None:
                 yield Idea(f"{name}, urgent {lane.value}", step(urgent))
+    for pair, share in itertools.product(pairs, UNEQUAL):
+        unequal = within(lambda share=share: first_has(share), step(pair))  # type: ignore[misc]
+        yield Idea(f"{pair.attention_sm}:{pair.ffn_sm}, {share:.0%} and {1 - share:.0%} of the rows", unequal)
     plain = device.pair(device.num_sms, device.num_sms)
     assert plain is not None
     yield Idea("plain streams", step(plain))
     for count in MICRO_BATCHES:
         yield Idea(f"plain streams, {count} micro-batches", step(plain, count))
+    for num_bytes in PREFETCHED_BYTES:
+        prefetching = Prefetching(workload, torch.cuda.Stream(device.device), num_bytes)
+        brought = workload.step(batch, workload.order(Cut.LAYER, 1), around=prefetching.around)
+        yield Idea(f"sequential, {num_bytes >> 20} MiB of a layer's FFN weights prefetched beside attention", brought)
 
 
 def stage_rows(device: GraphDevice, workload: Workload, batch: ForwardBatch) -> Iterator[dict[str, object]]:
@@ -115,7 +140,7 @@ def run(arguments: Sequence[str]) -> None:
     options = options_of(arguments)
     shape = replace(PIPELINE_SHAPES[options.model], num_layers=options.layers)
     title = f"Ideas for the pipeline: {options.layers} layers, batch {options.batch}, context {options.context}"
-    report = Report("pipeline-ideas", title, model=options.model)
+    report = Report(f"pipeline-ideas-{options.batch}x{options.context}", title, model=options.model)
     with GraphDevice() as device, ExitStack() as stack:
         workload = Workload(shape, device.device)
         batch = workload.fill(Cell(options.batch, options.context))

@@ -22,9 +22,8 @@ from common.model.batch import ForwardBatch
 from common.model.config import ModelConfig
 from common.model.loader import load_model
 from decode_service.pipeline.arrangements import Cell
-from decode_service.pipeline.execution import run_pipelined
+from decode_service.pipeline.execution import Around, run_pipelined, untimed
 from decode_service.pipeline.order import Cut, Order, order
-from decode_service.pipeline.stage_clock import StageClock
 
 BLOCK_SIZE = 16
 
@@ -75,12 +74,11 @@ class Workload:
         *,
         pair: Pair | None = None,
         attention_sm: int | None = None,
-        clock: StageClock | None = None,
+        around: Around = untimed,
     ) -> Replay:
         """A step to be captured. With a pair, on its streams, and attention cut for its SMs."""
         cache = self.cache
         assert cache is not None
-        around = {} if clock is None else {"around": clock.around}
 
         def run() -> Tensor:
             return run_pipelined(
@@ -91,7 +89,7 @@ class Workload:
                 finish=self._finish,
                 streams=None if pair is None else pair.streams,
                 attention_sm=attention_sm if pair is None else pair.attention_sm,
-                **around,
+                around=around,
             )
 
         return run
