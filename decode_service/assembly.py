@@ -32,7 +32,7 @@ from decode_service.sm.green_manager import GreenManager
 log = logging.getLogger(__name__)
 
 # Counts up with whatever changes what stages take: kernels, cuts.
-CALIBRATED_CODE = 3
+CALIBRATED_CODE = 4
 
 
 def make_engine(
