@@ -177,7 +177,9 @@ class DecodeEngine(EngineLoop):
         self.submit(partial(self._begin, pair_id, key))
 
     def chunk_landed(self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Done) -> None:
-        self.submit(partial(self._write, pair_id, header, payload, done))
+        # Chunks come faster than steps and take some tenths of a millisecond of the host each: tokens that have come
+        # from the device are not to wait for a handful of them. Where every step is waited for, all go between two.
+        self.submit(partial(self._write, pair_id, header, payload, done), can_wait=self._reader is not None)
 
     def commit_received(self, pair_id: int, commit: Commit, done: Done) -> None:
         self.submit(partial(self._commit, pair_id, commit, done))

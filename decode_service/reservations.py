@@ -19,6 +19,7 @@ fences off every lower one.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -68,8 +69,8 @@ class Reservation:
     num_cached_blocks: int = 0
     # Which pair fills it in this attempt.
     pair_id: int | None = None
-    # (layer, block) slots of this attempt that have been written.
-    landed: set[tuple[int, int]] = field(default_factory=set)
+    # Of each layer, which of the sequence's blocks this attempt has written: bit n stands for block n.
+    landed: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     attempt_kv_bytes: int = 0
     # Over all attempts.
     kv_bytes: int = 0
@@ -110,7 +111,7 @@ class Reservation:
         self.attempt += 1
         self.state = State.FILLING
         self.pair_id = None
-        self.landed = set()
+        self.landed.clear()
         self.attempt_kv_bytes = 0
 
     def judge_key(self, key: AttemptKey) -> tuple[TransferStatus, str]:
@@ -146,8 +147,9 @@ class Reservation:
 
     def record(self, header: ChunkHeader) -> None:
         """The chunk has been written."""
+        blocks = (1 << header.num_blocks) - 1 << header.first_block
         for layer in range(header.first_layer, header.first_layer + header.num_layers):
-            self.landed.update((layer, header.first_block + index) for index in range(header.num_blocks))
+            self.landed[layer] |= blocks
         self.attempt_kv_bytes += header.num_bytes
         self.kv_bytes += header.num_bytes
 
@@ -157,10 +159,11 @@ class Reservation:
         if verdict[0] is not TransferStatus.OK:
             return verdict
         due = num_layers * (num_blocks - self.num_cached_blocks)
-        if len(self.landed) != due or commit.num_bytes != self.attempt_kv_bytes:
+        num_landed = sum(blocks.bit_count() for blocks in self.landed.values())
+        if num_landed != due or commit.num_bytes != self.attempt_kv_bytes:
             return (
                 TransferStatus.INVALID,
-                f"{len(self.landed)} of {due} layer blocks and {self.attempt_kv_bytes} of {commit.num_bytes} bytes "
+                f"{num_landed} of {due} layer blocks and {self.attempt_kv_bytes} of {commit.num_bytes} bytes "
                 "have landed",
             )
         return verdict

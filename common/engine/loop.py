@@ -24,7 +24,7 @@ SWITCH_S = 5e-4
 
 
 class EngineLoop(threading.Thread):
-    """Drains its inbox, steps while there is work, sleeps otherwise.
+    """Drains its inbox, steps while there is work, sleeps otherwise. What can wait is done one call a turn.
 
     `step_counter` grows with every turn of the loop, save one that can only wait for the device, and with every layer
     of a long step: standing still means wedged.
@@ -35,14 +35,18 @@ class EngineLoop(threading.Thread):
         self._device = device
         self.step_counter = 0
         self._inbox: deque[Callable[[], None]] = deque()
+        self._can_wait: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._on_crash = on_crash
 
-    def submit(self, call: Callable[[], None]) -> None:
-        """Runs `call` in the engine thread before its next step. Thread-safe; never blocks."""
+    def submit(self, call: Callable[[], None], *, can_wait: bool = False) -> None:
+        """Runs `call` in the engine thread before its next step. Thread-safe; never blocks.
+
+        `can_wait`: of such calls one runs a turn, behind the step, in their order; others overtake them.
+        """
         with self._wake:
-            self._inbox.append(call)
+            (self._can_wait if can_wait else self._inbox).append(call)
             self._wake.notify()
 
     def stop(self, timeout_s: float = 5.0) -> None:
@@ -71,7 +75,7 @@ class EngineLoop(threading.Thread):
             self._on_crash(error)
 
     def turn(self) -> bool:
-        """Drains the inbox and makes a step if there is work; returns whether there is more."""
+        """Drains the inbox and makes a step if there is work; returns whether there is more to do."""
         while self._inbox:
             self._inbox.popleft()()
         if not self.waits_for_device():
@@ -81,7 +85,9 @@ class EngineLoop(threading.Thread):
         else:
             self.idle()
         self.publish()
-        return self.has_work()
+        if self._can_wait:
+            self._can_wait.popleft()()
+        return self.has_work() or bool(self._can_wait)
 
     def has_work(self) -> bool:
         """A step would move something forward."""
@@ -108,7 +114,7 @@ class EngineLoop(threading.Thread):
     def rest(self) -> None:
         """Sleeps until something is submitted, or for a moment."""
         with self._wake:
-            if not self._inbox and not self._stopping:
+            if not self._inbox and not self._can_wait and not self._stopping:
                 self._wake.wait(IDLE_WAKE_S)
 
 

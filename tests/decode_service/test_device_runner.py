@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 
+from common.transport.messages import AttemptKey, ChunkHeader
 from decode_service.events import Completed, Token
 from tests.support.engine import HandTurnedEngine
 from tests.support.models import VOCAB, make_request
@@ -82,6 +83,18 @@ def test_preempted_sequences_go_on_where_they_were():
     tight = device_engine(num_blocks=4)
     assert tight.run_all(made()) == calm
     assert tight.scheduler.num_preemptions > 0
+
+
+def test_chunks_of_kv_go_one_a_turn_so_that_tokens_wait_for_one_at_most():
+    engine, answers, num_answered = device_engine(), [], []
+    for number in range(3):
+        header = ChunkHeader(number, AttemptKey(1, 1), 0, 1, 0, 1, 8, checksum=0)
+        payload = torch.zeros(8, dtype=torch.uint8, device=DEVICE)
+        engine.chunk_landed(1, header, payload, lambda *verdict: answers.append(verdict))
+    for _ in range(3):
+        engine.turn()
+        num_answered.append(len(answers))
+    assert num_answered == [1, 2, 3]
 
 
 def test_steps_beyond_a_stop_token_leave_nothing_behind():

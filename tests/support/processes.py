@@ -99,13 +99,16 @@ def running_services(
     decode_environment: Mapping[str, str] | None = None,
     ready_s: float = READY_S,
 ) -> Iterator[Services]:
-    """Starts prefill, decode and router, waits until all are ready, and stops them at the end."""
+    """Starts prefill, decode and router, waits until all are ready and have met, and stops them at the end."""
     addresses = {name: f"127.0.0.1:{free_port()}" for name in ("prefill_service", "decode_service", "router")}
     extra = {
         "prefill_service": ["--device", TEST_DEVICE, *prefill_args],
         "decode_service": ["--device", TEST_DEVICE, *decode_args],
+        # However long the workers take to start, one that is ready has met both: without prefill it would serve, and
+        # prompts would be prefilled at decode.
         "router": [
-            "--prefill", addresses["prefill_service"], "--decode", addresses["decode_service"], *router_args,
+            "--prefill", addresses["prefill_service"], "--decode", addresses["decode_service"],
+            "--startup-grace-s", str(2 * ready_s), *router_args,
         ],
     }  # fmt: skip
     environments = {"prefill_service": prefill_environment, "decode_service": decode_environment}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from common.engine.kv_writer import KvWriter
-from tests.common.transport.fakes import small_cache
+from common.engine.streams import mark
+from tests.common.transport.fakes import small_cache, until
 from tests.support.device import needs_gpus
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus())]
@@ -55,16 +58,46 @@ def test_steps_in_flight_end_before_their_blocks_are_written(gpu):
     assert is_filled(cache, 2, 9)
 
 
+@contextlib.contextmanager
+def held_up(stream):
+    """What the stream is given meanwhile does not begin before the end."""
+    driver = pytest.importorskip("cuda.bindings.driver")
+    flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    is_equal = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ.value
+    (status,) = driver.cuStreamWaitValue32(driver.CUstream(stream.cuda_stream), flag.data_ptr(), 1, is_equal)
+    assert status == 0, status
+    try:
+        yield
+    finally:
+        flag.fill_(1)
+        # It reads the flag until it goes on.
+        stream.synchronize()
+
+
 def test_a_write_never_holds_up_what_is_computed_before_the_join(gpu):
     cache = small_cache(device=gpu)
     writer = KvWriter(cache)
-    with torch.cuda.stream(writer._stream):
-        torch.cuda._sleep(BUSY_CYCLES)
-    read = writer.write(0, 1, [1], torch.full((cache.block_bytes,), 5, dtype=torch.uint8).pin_memory())
-    torch.cuda.current_stream().synchronize()
-    assert not read.query()
+    payload = payload_of(small_cache(), [1], 5).pin_memory()
+    computed = torch.zeros(1, device=gpu)
+
+    def write_and_compute():
+        read = writer.write(0, 1, [1], payload)
+        computed.add_(1)
+        return read, mark(cache.device)
+
+    # Allocates and loads what is needed, since the first time may wait for all that the device was given.
+    write_and_compute()
     writer.join()
-    torch.cuda.current_stream().synchronize()
+    cache.layers[0].zero_()
+    torch.cuda.synchronize()
+    with held_up(writer._stream):
+        read, before_join = write_and_compute()
+        until(before_join.query)
+        assert not read.query()
+        writer.join()
+        after_join = mark(cache.device)
+        assert not after_join.query()
+    after_join.synchronize()
     assert read.query()
     assert is_filled(cache, 1, 5)
 
