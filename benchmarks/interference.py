@@ -193,8 +193,17 @@ async def ship(pair: SendingPair, cache: KvCache, key: AttemptKey, blocks: Seq[i
 # The decode side.
 
 
-async def arrival(engine: WatchedEngine, connection: Connection, sequence: Sequence) -> tuple[float, float, Replay]:
-    """A reservation filled by the other process; from when until when, and how the shipment went."""
+class Arrival(NamedTuple):
+    """When the reservation was asked for, when its KV was complete and it joined the batch, when it was done."""
+
+    begin_s: float
+    joined_s: float
+    end_s: float
+    replay: Replay
+
+
+async def arrival(engine: WatchedEngine, connection: Connection, sequence: Sequence) -> Arrival:
+    """A reservation filled by the other process."""
     begin_s = time.perf_counter()
     engine.engine.open(sequence, local=False)
     reserved = await engine.until(sequence, Reserved)
@@ -203,8 +212,9 @@ async def arrival(engine: WatchedEngine, connection: Connection, sequence: Seque
     replayed = await asyncio.to_thread(hear, connection)
     if replayed.status is not TransferStatus.OK:
         raise RuntimeError(f"decode did not take the KV: {replayed.status}: {replayed.detail}")
+    joined_s = time.perf_counter()
     await engine.until(sequence, Completed)
-    return begin_s, time.perf_counter(), replayed
+    return Arrival(begin_s, joined_s, time.perf_counter(), replayed)
 
 
 async def local_prefill(engine: WatchedEngine, sequence: Sequence) -> tuple[float, float]:
@@ -256,6 +266,7 @@ async def observe(
     engine.steady.update(decodes)
     quiet: list[float] = []
     arriving: list[list[float]] = []
+    on_the_way: list[list[float]] = []
     prefilling: list[list[float]] = []
     replays: list[Replay] = []
     # Made now: drawing so many tokens keeps the interpreter from the engine.
@@ -268,10 +279,11 @@ async def observe(
         if number:
             quiet += gaps_within(engine.moments, began_s + setting.quiet_s / 10, time.perf_counter())
         if number < setting.arrivals:
-            begin_s, end_s, replayed = await arrival(engine, connection, arriving_now[number])
+            one = await arrival(engine, connection, arriving_now[number])
             if number:
-                arriving.append(gaps_touching(engine.moments, begin_s, end_s))
-                replays.append(replayed)
+                arriving.append(gaps_touching(engine.moments, one.begin_s, one.end_s))
+                on_the_way.append(gaps_within(engine.moments, one.begin_s, one.joined_s))
+                replays.append(one.replay)
         if number < setting.local_prefills:
             await asyncio.sleep(setting.quiet_s / 4)
             begin_s, end_s = await local_prefill(engine, prefilled_now[number])
@@ -283,6 +295,7 @@ async def observe(
     step_s = statistics.median(quiet)
     add(report, "undisturbed", [quiet], step_s)
     add(report, f"KV of {setting.prompt:,} tokens arrives over {transport}", arriving, step_s, target=TARGET_RATIO)
+    add(report, "of these, until it joins the batch", on_the_way, step_s)
     chunks = f"in chunks of {setting.chunk:,}"
     add(report, f"{setting.prompt:,} tokens prefilled locally {chunks}", prefilling, step_s, vllm_ms=VLLM_CHUNKED_MS)
     shipping_ms = statistics.median(one.seconds for one in replays) * 1e3
@@ -293,7 +306,8 @@ async def observe(
         f"first block shipped to the commit's acknowledgement; {len(prefilling)} local prefills.",
         "- Gaps are those between the turns of the decode engine that bring the decodes' tokens, from the reservation "
         f"until the sequence that arrived has had {setting.output} tokens. `largest_ms` is the largest of all, "
-        "`usual_largest_ms` the median of each arrival's largest; `ratio` is the largest over the undisturbed median.",
+        "`usual_largest_ms` the median of each arrival's largest; `ratio` is the largest over the undisturbed median. "
+        "Once it has joined, every step has one sequence more, and one of the prompt's length.",
         f"- vLLM 0.26.0, prompt prefilled at once beside the decodes: {VLLM_MS} ms.",
     ]
     if setting.sender == setting.device:

@@ -115,10 +115,13 @@ def candidates(place: Place) -> Iterator[Plan]:
         (64, 64, 64, 4, 6),
         (128, 64, 64, 4, 4),
         (64, 128, 64, 4, 4),
+        (64, 128, 64, 4, 6),
+        (64, 128, 128, 4, 3),
         (128, 128, 64, 8, 4),
         (32, 64, 128, 4, 4),
+        (32, 128, 128, 4, 4),
     ):
-        if block <= tokens:
+        if block < 2 * tokens:
             for num_splits in (1,) if wide else (2, 4, 8):
                 yield TiledPlan(rows, block, depth, warps, stages, num_splits)
 
