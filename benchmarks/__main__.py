@@ -33,6 +33,7 @@ ON_GPU = (
     "decode_pipeline",
     "pipeline_auto",
     "pipeline_ideas",
+    "pipeline_power",
     "pipeline_trace",
     "summary",
 )
@@ -44,6 +45,7 @@ OF_MODELS = {
     "attention": tuple(SHAPES),
     "step_profile": tuple(SHAPES),
     "decode_pipeline": tuple(PIPELINE_SHAPES),
+    "pipeline_power": tuple(PIPELINE_SHAPES),
     "pipeline_auto": tuple(SHAPES),
 }
 
