@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 
-# Keepalive of 500 ms + 500 ms. Without http2.ping_timeout_ms the server side still waits a minute; without the server's
-# minimum ping interval, idle streams are killed for "too_many_pings".
+# Keepalive of 500 ms + 1000 ms: a machine whose cores are all taken for most of a second breaks no stream. Without
+# http2.ping_timeout_ms the server side still waits a minute; without the server's minimum ping interval, idle streams
+# are killed for "too_many_pings".
 _BOTH_ENDS: list[tuple[str, int]] = [
     ("grpc.keepalive_time_ms", 500),
-    ("grpc.keepalive_timeout_ms", 500),
-    ("grpc.http2.ping_timeout_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

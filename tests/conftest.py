@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import grpc.aio
+import hypothesis
 import pytest
 import torch
 
@@ -23,6 +24,10 @@ if not torch.cuda.is_available():
         from tests.support import interpreter
 
         interpreter.mend()
+
+# How long an example takes says something about the machine.
+hypothesis.settings.register_profile("pdserve", deadline=None)
+hypothesis.settings.load_profile("pdserve")
 
 # What workers measure and keep, they keep for this run alone.
 _CACHE = tempfile.TemporaryDirectory(prefix="pdserve-tests-")

@@ -127,8 +127,10 @@ def wait_for_state(stub, address: str, state: int, *, within_s: float) -> None:
 def test_decode_notices_a_stopped_prefill_worker_in_the_middle_of_a_transfer(services):
     """By hand: a reservation whose prefill worker stops gets prefill_needed, and the pair is remade afterwards."""
     with grpc.insecure_channel(services.decode.address) as channel:
-        loads = worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(worker_pb2.WatchLoadRequest(), timeout=20)
-        assert next(loads).num_pairs == 1
+        loads = worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(worker_pb2.WatchLoadRequest(), timeout=40)
+        # The pair is made, or made again, by a request.
+        buf_curl(services.router.address, "pdserve.v1.RouterService/Generate", {"prompt": "Return"})
+        assert any(load.num_pairs == 1 for load in loads)
         os.kill(services.prefill.process.pid, signal.SIGSTOP)
         deadline = time.monotonic() + 2.5
         try:

@@ -136,7 +136,7 @@ async def test_a_stop_string_ends_the_completion_and_decode_is_told(cluster):
     assert reply.text == "the quick br"
     assert reply.completion.stop_string == "own f"
     assert reply.completion.finish_reason == types_pb2.FINISH_REASON_STOP
-    assert cluster.decode.num_finishes == 1
+    await eventually(lambda: cluster.decode.num_finishes == 1)
     assert cluster.tokenizer.detokenizer().feed(reply.token_ids) in ("the quick br", "the quick", "the quick b")
 
 
