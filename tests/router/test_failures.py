@@ -31,6 +31,7 @@ async def _idle(cluster: FakeCluster) -> None:
 # Prefill fails.
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     "failure",
     [errors.Unavailable, errors.DataLoss, errors.Aborted, errors.Internal, errors.ResourceExhausted, errors.Cancelled],
@@ -324,6 +325,7 @@ async def test_a_worker_lost_after_a_stop_string_does_not_matter():
 # The client leaves, or its time is up.
 
 
+@pytest.mark.promise(1, 18)
 @pytest.mark.parametrize("phase", ["prefilling", "decoding"])
 async def test_a_client_that_leaves_frees_every_worker_at_once(phase):
     async with FakeCluster().running() as cluster:
@@ -345,6 +347,7 @@ async def test_a_deadline_frees_every_worker_at_once(phase):
         await _idle(cluster)
 
 
+@pytest.mark.promise(7)
 async def test_without_a_deadline_max_request_s_applies():
     async with FakeCluster().running(max_request_s=0.3) as cluster:
         cluster.decode.go.clear()
