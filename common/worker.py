@@ -64,6 +64,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._drained: asyncio.Task[None] | None = None
+        # The newest step that was looked at, and when it was new.
+        self._seen_step = -1
+        self._progressed_s = clock()
         # Live pairs, read whenever load is told.
         self.num_pairs: Callable[[], int] = lambda: 0
         metrics.running.set_function(lambda: self._load.num_running)
@@ -152,13 +155,16 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         await self.start_drain()
 
     async def watch_liveness(self) -> None:
-        """Runs for the life of the process: `liveness` follows the step counter."""
-        counter, since = -1, self._clock()
+        """Runs for the life of the process."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self._load.step_counter != counter:
-                counter, since = self._load.step_counter, self._clock()
-            self._health.set_live(self._clock() - since < WEDGED_S)
+            self.check_progress()
+
+    def check_progress(self) -> None:
+        """`liveness` follows the step counter, as far as it has come since the last time."""
+        if self._load.step_counter != self._seen_step:
+            self._seen_step, self._progressed_s = self._load.step_counter, self._clock()
+        self._health.set_live(self._clock() - self._progressed_s < WEDGED_S)
 
     async def _drain(self, deadline_s: float) -> None:
         log.info("draining %d calls for at most %g s", len(self._calls), deadline_s)
