@@ -55,8 +55,13 @@ class RouterConfig(ServiceConfig):
     reuse_port: bool = setting(False, "several routers of one machine share `listen`")
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
     model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
-    prefill: tuple[str, ...] = setting(("127.0.0.1:50052",), "prefill workers", form="target")
-    decode: tuple[str, ...] = setting(("127.0.0.1:50053",), "decode workers", form="target")
+    prefill: tuple[str, ...] = setting(
+        ("127.0.0.1:50052",), "prefill workers; a name may lead to any number of them", form="target"
+    )
+    decode: tuple[str, ...] = setting(
+        ("127.0.0.1:50053",), "decode workers; a name may lead to any number of them", form="target"
+    )
+    resolve_s: float = setting(5.0, "how often names of workers are looked up again, in seconds", above=0)
     max_request_s: float = setting(600.0, "deadline of a request whose client sets none, in seconds", above=0)
     max_queue_requests: int = setting(1024, "requests that may queue; one more is RESOURCE_EXHAUSTED", minimum=1)
     max_queue_tokens: int = setting(1_000_000, "prompt tokens that may queue; more is RESOURCE_EXHAUSTED", minimum=1)

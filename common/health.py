@@ -1,8 +1,8 @@
 """grpc.health.v1 for one process: may it be given work, and does it still make progress.
 
-`""` and each of the process's services answer readiness; `liveness` answers scheduler progress, without which nothing is
-ready. Neither depends on another worker. The servicer is our own because the library's `Watch` holds its lock while it writes: one slow watcher
-would hold up every change.
+`""` and each of the process's services answer readiness; `liveness` answers scheduler progress, without which nothing
+is ready. Neither depends on another worker. The servicer is our own because the library's `Watch` holds its lock while
+it writes: one slow watcher would hold up every change.
 """
 
 from __future__ import annotations

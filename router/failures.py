@@ -15,6 +15,8 @@ from router.workers import Worker
 
 # Another worker, or the same one later, may succeed where one failed in this way.
 RETRIABLE = (Unavailable, DataLoss, Aborted, Internal, ResourceExhausted, Cancelled)
+# And another worker may where this one was started anew with another model, which the router had yet to hear.
+RETRIABLE_REASONS = {"FINGERPRINT_MISMATCH", "MODEL_FINGERPRINT_MISMATCH"}
 MAX_FAILURES = 3
 
 
@@ -36,7 +38,8 @@ class Failures:
     def add(self, error: PdserveError) -> None:
         """Raises `error` when trying again cannot help, or has been tried `MAX_FAILURES` times without a token."""
         self._num_since_token += 1
-        if self._num_since_token > MAX_FAILURES or not isinstance(error, RETRIABLE):
+        may_help = isinstance(error, RETRIABLE) or error.reason in RETRIABLE_REASONS
+        if self._num_since_token > MAX_FAILURES or not may_help:
             raise error
 
     def progressed(self) -> None:

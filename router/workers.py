@@ -99,6 +99,11 @@ class Worker:
         return self.state is WorkerState.SERVING
 
     @property
+    def has_requests(self) -> bool:
+        """Of this router, there or on their way."""
+        return self._num_seqs > 0
+
+    @property
     def instance_id(self) -> str:
         return self.identity.instance_id if self.identity else ""
 

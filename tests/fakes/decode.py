@@ -95,7 +95,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         reservation = self._reservations[number] = FakeReservation(opening, list(opening.token_ids.ids))
         reader = asyncio.create_task(self._read(request_iterator, reservation))
         is_complete = False
-        with self._working():
+        with self._working(opening.model_fingerprint):
             try:
                 async for response in self._serve(number, reservation):
                     is_complete = response.HasField("completion")

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from common import rpc
-from common.errors import Unavailable
+from common.errors import FailedPrecondition, Unavailable
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 HEARTBEAT_S = 0.05
@@ -50,6 +50,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.is_wedged = False
         # Calls at work in this moment.
         self.num_active = 0
+        # Calls that were meant for a worker of another fingerprint.
+        self.num_misdirected = 0
         # What the router did that no router may do; asserted to be empty when the cluster stops.
         self.violations: list[str] = []
         self._step_counter = 0
@@ -102,8 +104,11 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     await changed.wait()
 
     @contextlib.contextmanager
-    def _working(self):
-        """Around a call."""
+    def _working(self, model_fingerprint: str):
+        """Around a call that was meant for a worker of that fingerprint."""
+        if model_fingerprint != self.identity.model_fingerprint:
+            self.num_misdirected += 1
+            raise FailedPrecondition(f"{model_fingerprint} was asked for", reason="FINGERPRINT_MISMATCH")
         if self.is_draining:
             raise Unavailable("draining", reason="DRAINING")
         self.num_active += 1
