@@ -23,7 +23,7 @@ from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-# Load that changes fast is told at most this often.
+# Load that changes fast is told at most this often, or as seldom as a watcher asks for.
 MIN_INTERVAL_S = 0.02
 # A step counter that stands still this long with work waiting makes the worker not live.
 WEDGED_S = 10.0
@@ -34,6 +34,11 @@ Evict = Callable[[PdserveError], None]
 def new_boot_id() -> str:
     """Tells this start of the process from every other."""
     return uuid.uuid4().hex
+
+
+def told_every_s(request: worker_pb2.WatchLoadRequest) -> float:
+    """How often load that changes fast is told to this watcher."""
+    return min(max(request.min_interval_s, MIN_INTERVAL_S), HEARTBEAT_S)
 
 
 class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
@@ -69,12 +74,15 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._progressed_s = clock()
         # Live pairs, read whenever load is told.
         self.num_pairs: Callable[[], int] = lambda: 0
+        # Load streams that are open.
+        self.num_watchers = 0
         metrics.running.set_function(lambda: self._load.num_running)
         metrics.waiting.set_function(lambda: self._load.num_waiting)
         metrics.free_blocks.set_function(lambda: self._load.num_free_blocks)
         metrics.cached_blocks.set_function(lambda: self._load.num_cached_blocks)
         metrics.total_blocks.set(identity.num_total_blocks)
         metrics.pairs.set_function(lambda: self.num_pairs())
+        metrics.watchers.set_function(lambda: self.num_watchers)
 
     @property
     def load(self) -> Load:
@@ -124,13 +132,18 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchLoad(
         self, request: worker_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchLoadResponse]:
-        yield self._load_message(self.identity)
-        while True:
-            changed = self._load_changed
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), HEARTBEAT_S - MIN_INTERVAL_S)
-            yield self._load_message(None)
-            await asyncio.sleep(MIN_INTERVAL_S)
+        interval_s = told_every_s(request)
+        self.num_watchers += 1
+        try:
+            yield self._load_message(self.identity)
+            while True:
+                changed = self._load_changed
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), HEARTBEAT_S - interval_s)
+                yield self._load_message(None)
+                await asyncio.sleep(interval_s)
+        finally:
+            self.num_watchers -= 1
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
@@ -191,4 +204,6 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         load = self._load
         state = types_pb2.WORKER_STATE_DRAINING if self.draining else types_pb2.WORKER_STATE_SERVING
         fields = {**load._asdict(), "pressure": pressure_to_proto(load.pressure)}
-        return worker_pb2.WatchLoadResponse(identity=identity, state=state, num_pairs=self.num_pairs(), **fields)
+        return worker_pb2.WatchLoadResponse(
+            identity=identity, state=state, num_pairs=self.num_pairs(), num_watchers=self.num_watchers, **fields
+        )

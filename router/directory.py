@@ -73,6 +73,6 @@ async def look_up(name: Address) -> list[Address]:
         raise
     hosts: dict[int, set[str]] = {}
     for family, _, _, _, where in found:
-        hosts.setdefault(family, set()).add(where[0])
+        hosts.setdefault(family, set()).add(str(where[0]))
     family = socket.AF_INET if socket.AF_INET in hosts else socket.AF_INET6
     return sorted(Address(host, name.port) for host in hosts.get(family, ()))

@@ -1,7 +1,8 @@
 """The workers of this router: who is watched, who joins and leaves, and what they offer together.
 
 Who may be anywhere is what the directories say, and who answers stays known although no name leads there any more. So
-a worker leaves when nobody names it and it is unreachable, and not before the last request of this router has left it.
+a worker leaves when nobody names it and it is unreachable, or when this router is to watch others; and not before the
+last request of this router has left it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from common.clock import Clock, monotonic
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from router.directory import Directory, LookUp, look_up
 from router.placement import Kind, usable_workers
+from router.subset import SubsetSize, subset
 from router.watch import Watch
 from router.workers import Role, Worker, WorkerState
 
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # How much longer than a silence a step counter may stand still.
 WEDGED_HEARTBEATS = 5
+# Load messages that come at most, from all workers together; each costs this process about 200 µs.
+MAX_MESSAGES_PER_S = 1000
 
 
 class ServedModel(NamedTuple):
@@ -47,15 +51,20 @@ class Fleet:
         prefill: Iterable[str],
         decode: Iterable[str],
         *,
+        name: str,
+        min_watched: int,
         heartbeat_timeout_s: float,
         resolve_s: float,
         on_change: Callable[[], None],
         look_up: LookUp = look_up,
         clock: Clock = monotonic,
     ) -> None:
-        """`prefill` and `decode` are targets, HOST:PORT each; `on_change` is called whenever a worker's state or load
-        has changed, or a worker has joined or left."""
+        """`prefill` and `decode` are targets, HOST:PORT each; `name` is this router's. `on_change` is called whenever a
+        worker's state or load has changed, or a worker has joined or left."""
+        self._name = name
+        self._sizes = {role: SubsetSize(min_watched) for role in Role}
         self.heartbeat_timeout_s = heartbeat_timeout_s
+        self._wedged_after_s = WEDGED_HEARTBEATS * heartbeat_timeout_s
         self._resolve_s = resolve_s
         self._on_change = on_change
         self._clock = clock
@@ -152,24 +161,39 @@ class Fleet:
 
     def _update(self) -> None:
         """Lets in who is new, and out whom nothing keeps here."""
-        for role, directory in self._directories.items():
-            members = self._members[role]
-            answering = [worker.address for worker in members.values() if worker.state is not WorkerState.UNREACHABLE]
-            wanted = dict.fromkeys([*directory.addresses, *answering])
-            for address in wanted:
-                if address not in members:
-                    self._join(role, address)
-            for worker in list(members.values()):
-                if worker.address not in wanted and not worker.has_requests:
-                    self._leave(worker)
+        with self._noting_degradation():
+            watched = {role: self._to_watch(role) for role in Role}
+            min_interval_s = sum(map(len, watched.values())) / MAX_MESSAGES_PER_S
+            for role, addresses in watched.items():
+                members = self._members[role]
+                for address in addresses:
+                    if address not in members:
+                        self._join(Worker(role, address, wedged_after_s=self._wedged_after_s), min_interval_s)
+                kept = set(addresses)
+                for worker in list(members.values()):
+                    worker.is_leaving = worker.address not in kept
+                    if worker.is_leaving and not worker.has_requests:
+                        self._leave(worker)
         self._on_change()
 
-    def _join(self, role: Role, address: str) -> None:
-        worker = Worker(role, address, wedged_after_s=WEDGED_HEARTBEATS * self.heartbeat_timeout_s)
+    def _to_watch(self, role: Role) -> list[str]:
+        """Of who is named, and who answers although it is not, those that this router is to watch."""
+        members = self._members[role].values()
+        answering = [worker for worker in members if worker.state is not WorkerState.UNREACHABLE]
+        known = dict.fromkeys([*self._directories[role].addresses, *(worker.address for worker in answering)])
+        size = self._sizes[role]
+        size.adjust(len(known), [worker.num_watchers for worker in answering])
+        return subset(known, of=self._name, size=size.size)
+
+    def _join(self, worker: Worker, min_interval_s: float) -> None:
         worker.on_room = self._on_change
-        self._members[role][address] = worker
+        self._members[worker.role][worker.address] = worker
         self._watches[worker] = Watch(
-            worker, heartbeat_timeout_s=self.heartbeat_timeout_s, clock=self._clock, noting=self._noting
+            worker,
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            min_interval_s=min_interval_s,
+            clock=self._clock,
+            noting=self._noting,
         )
 
     def _leave(self, worker: Worker) -> None:
@@ -182,17 +206,23 @@ class Fleet:
     @contextlib.contextmanager
     def _noting(self, worker: Worker) -> Iterator[None]:
         """Around a change: tells of it in the log when it is one of state, and to whoever places requests."""
-        before, was_degraded = (worker.state, worker.reason), self.is_degraded
-        yield
+        before = worker.state, worker.reason
+        with self._noting_degradation():
+            yield
         if (worker.state, worker.reason) != before:
             level = logging.WARNING if worker.state is WorkerState.UNREACHABLE else logging.INFO
             why = worker.reason and f": {worker.reason}"
             log.log(level, "worker is %s%s", worker.state.value, why, extra=_about(worker))
+        self._on_change()
+
+    @contextlib.contextmanager
+    def _noting_degradation(self) -> Iterator[None]:
+        was_degraded = self.is_degraded
+        yield
         if self.is_degraded and not was_degraded:
             log.warning("no prefill worker is alive: decode workers prefill locally")
         elif was_degraded and not self.is_degraded:
             log.info("decode workers no longer prefill locally")
-        self._on_change()
 
 
 def _about(worker: Worker) -> dict[str, str]:

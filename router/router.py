@@ -51,6 +51,8 @@ class Router:
         self.fleet = Fleet(
             config.prefill,
             config.decode,
+            name=config.instance_id,
+            min_watched=config.min_watched,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             resolve_s=config.resolve_s,
             look_up=look_up,

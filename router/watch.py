@@ -27,8 +27,13 @@ Noting = Callable[[Worker], AbstractContextManager[None]]
 class Watch:
     """Keeps a `Worker` true from when it is made until `close`. Belongs to the event loop."""
 
-    def __init__(self, worker: Worker, *, heartbeat_timeout_s: float, clock: Clock, noting: Noting) -> None:
+    def __init__(
+        self, worker: Worker, *, heartbeat_timeout_s: float, min_interval_s: float, clock: Clock, noting: Noting
+    ) -> None:
+        """The worker is to tell of its load at most every `min_interval_s`, and is lost after `heartbeat_timeout_s`
+        of silence."""
         self._worker = worker
+        self._request = worker_pb2.WatchLoadRequest(min_interval_s=min_interval_s)
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._clock = clock
         self._noting = noting
@@ -57,7 +62,7 @@ class Watch:
     async def _follow(self, stub: worker_pb2_grpc.WorkerServiceStub) -> str:
         """Reads one load stream to its end, and says why it ended."""
         worker = self._worker
-        call = stub.WatchLoad(worker_pb2.WatchLoadRequest())
+        call = stub.WatchLoad(self._request)
         try:
             while True:
                 async with asyncio.timeout(self._heartbeat_timeout_s):
@@ -89,6 +94,7 @@ class Watch:
         state = WorkerState.SERVING if serves else WorkerState.DRAINING
         load = Load(**{name: getattr(message, name) for name in Load._fields})
         load = load._replace(pressure=pressure_from_proto(message.pressure))
+        self._worker.num_watchers = message.num_watchers
         self._worker.hear(state, load, message.num_pairs, self._clock())
 
 

@@ -75,6 +75,10 @@ class Worker:
         self.identity: Identity | None = None
         self.load = Load()
         self.num_pairs = 0
+        # Routers that watch it, this one among them.
+        self.num_watchers = 0
+        # This router does not watch it for much longer, and sends it nothing new.
+        self.is_leaving = False
         # Grows each time the worker is met anew.
         self.generation = 0
         self.prefixes = PrefixIndex(0)
@@ -96,7 +100,8 @@ class Worker:
 
     @property
     def is_serving(self) -> bool:
-        return self.state is WorkerState.SERVING
+        """It takes new work of this router."""
+        return self.state is WorkerState.SERVING and not self.is_leaving
 
     @property
     def has_requests(self) -> bool:

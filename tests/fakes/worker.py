@@ -130,5 +130,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             "num_free_blocks": self.identity.num_total_blocks,
             "num_running": self.num_active,
             "step_counter": self._step_counter,
+            "num_watchers": 1,
         }
         return worker_pb2.WatchLoadResponse(identity=identity, state=state, **{**counted, **self.told})

@@ -141,3 +141,35 @@ async def test_a_worker_that_comes_back_with_another_model_before_it_is_missed_l
         reply = await cluster.generate([1, 2, 3], max_tokens=10)
         assert reply.completion.path.decode_worker == second.identity.instance_id
         assert (reply.token_ids, first.num_misdirected) == (SCRIPT, 1)
+
+
+async def test_of_many_workers_a_router_watches_as_many_as_others_leave_to_it():
+    async with FakeCluster(num_decode=6, num_prefill=6).running(min_watched=2, **BY_NAME) as cluster:
+        assert cluster.num_serving == 12, "nobody else watches them"
+        for worker in cluster.workers:
+            worker.tell_load(num_watchers=49)
+        await eventually(lambda: len(cluster.router.fleet.decode) == len(cluster.router.fleet.prefill) == 2)
+        assert (await cluster.generate(max_tokens=10)).token_ids == SCRIPT
+        for worker in cluster.workers:
+            worker.tell_load(num_watchers=1)
+        await eventually(lambda: cluster.num_serving == 12)
+
+
+async def test_a_worker_that_is_no_longer_watched_finishes_what_it_has_and_gets_nothing_new():
+    async with FakeCluster(num_decode=4, num_prefill=1).running(min_watched=2, **BY_NAME) as cluster:
+        for decode in cluster.decodes:
+            decode.go.clear()
+        begun = [cluster.start([1, 2, 3], max_tokens=10) for _ in range(8)]
+        await eventually(lambda: [decode.num_active for decode in cluster.decodes] == [2, 2, 2, 2])
+        for decode in cluster.decodes:
+            decode.tell_load(num_watchers=49)
+        await eventually(lambda: cluster.num_serving == 2 + 1)
+        assert len(cluster.router.fleet.decode) == 4
+        later = [cluster.start([1, 2, 3], max_tokens=10) for _ in range(4)]
+        await eventually(lambda: sum(decode.num_active for decode in cluster.decodes) == 12)
+        assert sorted(decode.num_active for decode in cluster.decodes) == [2, 2, 4, 4]
+        for decode in cluster.decodes:
+            decode.go.set()
+        for call in [*begun, *later]:
+            assert (await Reply.of(call)).token_ids == SCRIPT
+        await eventually(lambda: len(cluster.router.fleet.decode) == 2)
