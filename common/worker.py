@@ -184,9 +184,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         try:
             await asyncio.wait_for(self._idle.wait(), deadline_s)
         except TimeoutError:
-            log.warning("drain deadline passed: ending %d calls", len(self._calls))
+            log.warning("drain deadline passed: handing over %d calls", len(self._calls))
             for evict in list(self._calls.values()):
-                evict(Unavailable(f"{self.identity.instance_id} was drained before this ended", reason="DRAINING"))
+                evict(Unavailable(f"{self.identity.instance_id} was drained before this ended", reason="HANDED_OVER"))
             await self._idle.wait()
 
     def _crash(self, message: str) -> None:

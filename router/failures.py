@@ -18,6 +18,8 @@ RETRIABLE = (Unavailable, DataLoss, Aborted, Internal, ResourceExhausted, Cancel
 # And another worker may where this one was started anew with another model, which the router had yet to hear.
 RETRIABLE_REASONS = {"FINGERPRINT_MISMATCH", "MODEL_FINGERPRINT_MISMATCH"}
 MAX_FAILURES = 3
+# What a worker on its way out of service says, of new work and of what it can no longer finish.
+DRAINING, HANDED_OVER = "DRAINING", "HANDED_OVER"
 
 
 class Failures:
@@ -36,7 +38,12 @@ class Failures:
         return [worker for worker, generation in self.decode_workers.items() if worker.generation == generation]
 
     def add(self, error: PdserveError) -> None:
-        """Raises `error` when trying again cannot help, or has been tried `MAX_FAILURES` times without a token."""
+        """Raises `error` when trying again cannot help, or has been tried `MAX_FAILURES` times without a token.
+
+        Work that is handed over has not failed.
+        """
+        if error.reason == HANDED_OVER:
+            return
         self._num_since_token += 1
         may_help = isinstance(error, RETRIABLE) or error.reason in RETRIABLE_REASONS
         if self._num_since_token > MAX_FAILURES or not may_help:

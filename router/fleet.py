@@ -15,8 +15,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from common.clock import Clock, monotonic
+from common.errors import PdserveError
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from router.directory import Directory, LookUp, look_up
+from router.failures import DRAINING, HANDED_OVER
 from router.placement import Kind, usable_workers
 from router.subset import SubsetSize, subset
 from router.watch import Watch
@@ -152,6 +154,12 @@ class Fleet:
     def prefill_stub(self, worker: Worker) -> prefill_pb2_grpc.PrefillServiceStub:
         """Of a worker that has a request of this router."""
         return self._watches[worker].prefill
+
+    def heed(self, worker: Worker, error: PdserveError) -> None:
+        """A call to `worker` ended so. That it leaves service may be heard from this before its load stream says so."""
+        if error.reason in (DRAINING, HANDED_OVER):
+            with self._noting(worker):
+                worker.drain()
 
     async def _follow_names(self) -> None:
         while True:

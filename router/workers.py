@@ -1,6 +1,6 @@
 """One worker as this router sees it: who it is, how loaded, whether it may be used. No I/O: `fleet` keeps it true.
 
-  first message of a load stream             WatchLoad says so
+  first message of a load stream             WatchLoad says so, or a refusal does
 UNREACHABLE ─────────────────────▶ SERVING ──────────────────▶ DRAINING
      ▲                                │                            │
      └────────────────────────────────┴────────────────────────────┘
@@ -161,6 +161,11 @@ class Worker:
             self.lose(f"its step counter has stood still for {stood_still_s:.1f} s with work waiting")
         else:
             self.state, self.reason = state, ""
+
+    def drain(self) -> None:
+        """It has refused or handed over a request of this router."""
+        if self.state is WorkerState.SERVING:
+            self.state = WorkerState.DRAINING
 
     def lose(self, reason: str) -> None:
         """It cannot be used; whoever has work there is told."""

@@ -46,6 +46,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         # The load stream goes on, but nothing comes.
         self.is_silent = False
         self.is_draining = False
+        # Refuses new work as when it drains, but its load stream has yet to say so.
+        self.refuses = False
+        self.num_refused = 0
         # Work waits, and the step counter does not move.
         self.is_wedged = False
         # Calls at work in this moment.
@@ -109,7 +112,8 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         if model_fingerprint != self.identity.model_fingerprint:
             self.num_misdirected += 1
             raise FailedPrecondition(f"{model_fingerprint} was asked for", reason="FINGERPRINT_MISMATCH")
-        if self.is_draining:
+        if self.is_draining or self.refuses:
+            self.num_refused += 1
             raise Unavailable("draining", reason="DRAINING")
         self.num_active += 1
         self._wake()

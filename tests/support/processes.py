@@ -107,6 +107,14 @@ class Cluster:
     def workers(self) -> list[Service]:
         return [*self.prefills, *self.decodes]
 
+    def restore(self) -> None:
+        """Starts whoever has ended again, and waits until it is ready."""
+        ended = [one for one in (*self.workers, *self.routers) if one.process.poll() is not None]
+        for service in ended:
+            service.start()
+        for service in ended:
+            service.wait_ready()
+
     def named(self, instance_id: str) -> Service:
         """The worker that a serving path names so."""
         role, _, index = instance_id.partition("-")
