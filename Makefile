@@ -17,7 +17,7 @@ INSTALLED := .venv/.installed
 export PREFILL DECODE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-slow test-all test-gpu bench check protos protos-accept docs
+.PHONY: help install run serve test test-slow test-all test-gpu bench faults check protos protos-accept docs
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-gpu: install ## tests that need a CUDA device, and on it the engine's, the 
 
 bench: install ## benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+faults: install ## every fault in every phase at every role, and what was promised for each (ARGS="kill decode")
+	$(BIN)/python -u -m benchmarks.faults $(ARGS)
 
 check: install ## lint, format, types, import rules, and the contract against the accepted one
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.support.device import TEST_DEVICE
+from tests.support.network import Host
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_S = 60.0
@@ -41,12 +42,14 @@ class Service:
     address: str
     log: Path
     environment: Mapping[str, str]
+    # Where it runs, when not on this machine's own network.
+    host: Host | None = None
     process: subprocess.Popen = field(init=False)
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.name, *self.arguments],
+                [*(self.host.command if self.host else ()), sys.executable, "-m", self.name, *self.arguments],
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
@@ -149,17 +152,22 @@ def running_cluster(
     num_decode: int = 2,
     num_routers: int = 1,
     worker_args: Sequence[str] = (),
+    decode_args: Sequence[str] = (),
     router_args: Sequence[str] = (),
+    hosts: Sequence[Host] = (),
     ready_s: float = READY_S,
 ) -> Iterator[Cluster]:
-    """Starts as many of each, waits until all are ready, and stops them at the end."""
-    with _starting() as start:
+    """Starts as many of each, waits until all are ready, and stops them at the end.
 
-        def workers(role: str, count: int) -> list[Service]:
-            shared = ("--device", TEST_DEVICE, "--num-threads", "1", *worker_args)
+    With `hosts` each process has one of its own, in the order prefill, decode, routers.
+    """
+    with _starting(hosts) as start:
+
+        def workers(role: str, count: int, *arguments: str) -> list[Service]:
+            shared = ("--device", TEST_DEVICE, "--num-threads", "1", *worker_args, *arguments)
             return [start(f"{role}_service", "--instance-id", f"{role}-{n}", *shared) for n in range(count)]
 
-        prefills, decodes = workers("prefill", num_prefill), workers("decode", num_decode)
+        prefills, decodes = workers("prefill", num_prefill), workers("decode", num_decode, *decode_args)
         known = [flag for one in prefills for flag in ("--prefill", one.address)]
         known += [flag for one in decodes for flag in ("--decode", one.address)]
         routers = [start("router", "--instance-id", f"router-{n}", *known, *router_args) for n in range(num_routers)]
@@ -172,16 +180,20 @@ Start = Callable[..., Service]
 
 
 @contextlib.contextmanager
-def _starting() -> Iterator[Start]:
+def _starting(hosts: Sequence[Host] = ()) -> Iterator[Start]:
     """`start(name, *arguments, environment=None)` starts a service, which is stopped at the end."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         count = itertools.count()
 
         def start(name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Service:
-            address = f"127.0.0.1:{free_port()}"
-            log = Path(folder) / f"{name}-{next(count)}.log"
+            number = next(count)
+            host = hosts[number] if hosts else None
+            address = f"{host.ip}:50050" if host else f"127.0.0.1:{free_port()}"
             listen = ["--listen", address, "--metrics-listen", ""]
-            service = Service(name, [*listen, *arguments], address, log, environment or {})
+            if host and name != "router":
+                listen += ["--kv-interface", host.ip]
+            log = Path(folder) / f"{name}-{number}.log"
+            service = Service(name, [*listen, *arguments], address, log, environment or {}, host)
             service.start()
             stack.callback(service.stop)
             return service

@@ -18,26 +18,36 @@ SETTLE_S = 20.0
 class Stream:
     """One completion, read as the test goes on."""
 
-    def __init__(self, router: Service, prompt: str = PROMPT, *, max_tokens: int, sampling=GREEDY) -> None:
+    def __init__(
+        self, router: Service, prompt: str = PROMPT, *, max_tokens: int, sampling=GREEDY, cache_salt: str = ""
+    ) -> None:
         self._channel = grpc.insecure_channel(router.address)
-        request = router_pb2.GenerateRequest(prompt=prompt, sampling=sampling)
+        request = router_pb2.GenerateRequest(prompt=prompt, sampling=sampling, cache_salt=cache_salt)
         request.stopping.max_tokens = max_tokens
         request.stopping.ignore_eos = True
         self._call = router_pb2_grpc.RouterServiceStub(self._channel).Generate(request, timeout=60)
         self.token_ids: list[int] = []
         self.text = ""
         self.path: types_pb2.ServingPath | None = None
+        # When each message came.
+        self.arrivals_s: list[float] = []
 
     def read(self, num_tokens: int = 2**32) -> Stream:
         """Up to so many tokens, or to the end."""
         while len(self.token_ids) < num_tokens and self.path is None:
             response = next(self._call)
+            self.arrivals_s.append(time.monotonic())
             self.token_ids += response.chunk.token_ids
             self.text += response.chunk.text
             if response.HasField("completion"):
                 self.path = response.completion.path
                 self._channel.close()
         return self
+
+    def leave(self) -> None:
+        """The client goes away."""
+        self._call.cancel()
+        self._channel.close()
 
 
 def serving(router: Service, role: int) -> str:
