@@ -68,6 +68,7 @@ class Fleet:
         self.heartbeat_timeout_s = heartbeat_timeout_s
         self._wedged_after_s = WEDGED_HEARTBEATS * heartbeat_timeout_s
         self._resolve_s = resolve_s
+        self._was_degraded = False
         self._on_change = on_change
         self._clock = clock
         self._directories = {Role.PREFILL: Directory(prefill, look_up), Role.DECODE: Directory(decode, look_up)}
@@ -122,8 +123,11 @@ class Fleet:
 
     @property
     def is_degraded(self) -> bool:
-        """No prefill worker is alive, so decode workers prefill locally."""
-        return self.can_serve and not any(worker.is_serving for worker in self.prefill)
+        """No decode worker that takes new work has a living prefill worker of its kind, so they prefill locally."""
+        kinds = self.prefill_kinds
+        return self.can_serve and not any(
+            one.identity and one.identity.kind in kinds for one in usable_workers(self.decode)
+        )
 
     @property
     def prefill_kinds(self) -> frozenset[Kind]:
@@ -169,19 +173,19 @@ class Fleet:
 
     def _update(self) -> None:
         """Lets in who is new, and out whom nothing keeps here."""
-        with self._noting_degradation():
-            watched = {role: self._to_watch(role) for role in Role}
-            min_interval_s = sum(map(len, watched.values())) / MAX_MESSAGES_PER_S
-            for role, addresses in watched.items():
-                members = self._members[role]
-                for address in addresses:
-                    if address not in members:
-                        self._join(Worker(role, address, wedged_after_s=self._wedged_after_s), min_interval_s)
-                kept = set(addresses)
-                for worker in list(members.values()):
-                    worker.is_leaving = worker.address not in kept
-                    if worker.is_leaving and not worker.has_requests:
-                        self._leave(worker)
+        watched = {role: self._to_watch(role) for role in Role}
+        min_interval_s = sum(map(len, watched.values())) / MAX_MESSAGES_PER_S
+        for role, addresses in watched.items():
+            members = self._members[role]
+            for address in addresses:
+                if address not in members:
+                    self._join(Worker(role, address, wedged_after_s=self._wedged_after_s), min_interval_s)
+            kept = set(addresses)
+            for worker in list(members.values()):
+                worker.is_leaving = worker.address not in kept
+                if worker.is_leaving and not worker.has_requests:
+                    self._leave(worker)
+        self._note_degradation()
         self._on_change()
 
     def _to_watch(self, role: Role) -> list[str]:
@@ -214,22 +218,22 @@ class Fleet:
     @contextlib.contextmanager
     def _noting(self, worker: Worker) -> Iterator[None]:
         """Around a change: tells of it in the log when it is one of state, and to whoever places requests."""
-        before = worker.state, worker.reason
-        with self._noting_degradation():
-            yield
-        if (worker.state, worker.reason) != before:
+        before = worker.state, worker.reason, worker.identity
+        yield
+        if (worker.state, worker.reason, worker.identity) != before:
             level = logging.WARNING if worker.state is WorkerState.UNREACHABLE else logging.INFO
             why = worker.reason and f": {worker.reason}"
             log.log(level, "worker is %s%s", worker.state.value, why, extra=_about(worker))
+            self._note_degradation()
         self._on_change()
 
-    @contextlib.contextmanager
-    def _noting_degradation(self) -> Iterator[None]:
-        was_degraded = self.is_degraded
-        yield
-        if self.is_degraded and not was_degraded:
-            log.warning("no prefill worker is alive: decode workers prefill locally")
-        elif was_degraded and not self.is_degraded:
+    def _note_degradation(self) -> None:
+        if self.is_degraded is self._was_degraded:
+            return
+        self._was_degraded = not self._was_degraded
+        if self._was_degraded:
+            log.warning("no prefill worker is alive that decode workers could use: they prefill locally")
+        else:
             log.info("decode workers no longer prefill locally")
 
 

@@ -146,6 +146,7 @@ async def test_a_prefill_worker_of_another_fingerprint_is_never_asked():
     async with cluster.running():
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_LOCAL
         assert cluster.prefill.requests == []
+        assert cluster.router.fleet.is_degraded, "local prefill is never silent"
 
 
 # Decode loses the KV and goes on.
