@@ -68,6 +68,8 @@ class Fleet:
         self.heartbeat_timeout_s = heartbeat_timeout_s
         self._wedged_after_s = WEDGED_HEARTBEATS * heartbeat_timeout_s
         self._resolve_s = resolve_s
+        # Kinds of model for which a prefill worker takes new work.
+        self.prefill_kinds: frozenset[Kind] = frozenset()
         self._was_degraded = False
         self._on_change = on_change
         self._clock = clock
@@ -124,15 +126,7 @@ class Fleet:
     @property
     def is_degraded(self) -> bool:
         """No decode worker that takes new work has a living prefill worker of its kind, so they prefill locally."""
-        kinds = self.prefill_kinds
-        return self.can_serve and not any(
-            one.identity and one.identity.kind in kinds for one in usable_workers(self.decode)
-        )
-
-    @property
-    def prefill_kinds(self) -> frozenset[Kind]:
-        """Kinds of model for which a prefill worker takes new work."""
-        return frozenset(worker.identity.kind for worker in usable_workers(self.prefill) if worker.identity)
+        return self.can_serve and not any(one.kind in self.prefill_kinds for one in usable_workers(self.decode))
 
     @property
     def model(self) -> ServedModel | None:
@@ -182,10 +176,10 @@ class Fleet:
                     self._join(Worker(role, address, wedged_after_s=self._wedged_after_s), min_interval_s)
             kept = set(addresses)
             for worker in list(members.values()):
-                worker.is_leaving = worker.address not in kept
+                worker.set_leaving(worker.address not in kept)
                 if worker.is_leaving and not worker.has_requests:
                     self._leave(worker)
-        self._note_degradation()
+        self._note_states()
         self._on_change()
 
     def _to_watch(self, role: Role) -> list[str]:
@@ -224,10 +218,13 @@ class Fleet:
             level = logging.WARNING if worker.state is WorkerState.UNREACHABLE else logging.INFO
             why = worker.reason and f": {worker.reason}"
             log.log(level, "worker is %s%s", worker.state.value, why, extra=_about(worker))
-            self._note_degradation()
+            self._note_states()
         self._on_change()
 
-    def _note_degradation(self) -> None:
+    def _note_states(self) -> None:
+        """Somebody joined, left, or is in another state."""
+        kinds = (worker.kind for worker in usable_workers(self.prefill))
+        self.prefill_kinds = frozenset(kind for kind in kinds if kind is not None)
         if self.is_degraded is self._was_degraded:
             return
         self._was_degraded = not self._was_degraded

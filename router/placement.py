@@ -42,13 +42,9 @@ class Demand:
         return -(-len(self.token_ids) // identity.block_size) + 1
 
 
-class Candidate(NamedTuple):
-    """A worker that was considered. Compares by cost, then by address."""
-
-    cost: float
-    address: str
-    worker: Worker
-    num_cached_blocks: int
+# Cost, address, worker, and how many blocks of the prefix were sent there before; compares by cost, then by address. A
+# plain tuple: making a thousand of a class takes as long as all else.
+Candidate = tuple[float, str, Worker, int]
 
 
 class Choice(NamedTuple):
@@ -56,10 +52,10 @@ class Choice(NamedTuple):
 
     worker: Worker
     num_cached_blocks: int
-    considered: tuple[Candidate, ...]
+    considered: Sequence[Candidate]
 
     def __str__(self) -> str:
-        costs = ", ".join(f"{candidate.address} costs {candidate.cost:.3f}" for candidate in self.considered)
+        costs = ", ".join(f"{address} costs {cost:.3f}" for cost, address, _, _ in self.considered)
         return f"{self.worker}: {self.num_cached_blocks} blocks were sent there before; {costs}"
 
 
@@ -75,15 +71,27 @@ def choose_decode(
     """The cheapest decode worker, among those that a prefill worker can serve (`prefill_kinds`) if there are any.
 
     None: no worker will do, or with `only_with_room`, none has room at the moment, or with `heed_pressure`, those that
-    would do are under pressure, or would be with it.
+    would do are under pressure, or would be with it. An idle worker always has room, and what it could bear, it is
+    asked to.
     """
-    usable = [worker for worker in usable_workers(workers, demand.kind) if worker not in exclude]
-    usable = [worker for worker in usable if _kind(worker) in prefill_kinds] or usable
-    candidates = [_decode_candidate(worker, demand, len(workers) > 1) for worker in usable]
-    if only_with_room:
-        candidates = [candidate for candidate in candidates if _has_room(candidate, demand)]
-    if heed_pressure:
-        candidates = [candidate for candidate in candidates if not _is_pressed(candidate, demand)]
+    usable = usable_workers(workers, demand.kind)
+    if exclude:
+        usable = [worker for worker in usable if worker not in exclude]
+    usable = [worker for worker in usable if worker.kind in prefill_kinds] or usable
+    needs = _Needs(demand, has_others=len(workers) > 1)
+    candidates: list[Candidate] = []
+    for worker in usable:
+        num_blocks, num_cached = needs[worker]
+        num_left = worker.num_free_blocks - num_blocks + num_cached
+        if worker.num_seqs:
+            if only_with_room and (num_left < 0 or not worker.has_place):
+                continue
+            if heed_pressure and 0 <= num_left < worker.num_spare_blocks:
+                continue
+        if heed_pressure and worker.is_pressed:
+            continue
+        bonus = AFFINITY * num_cached / num_blocks
+        candidates.append((worker.fullness - bonus, worker.address, worker, num_cached))
     return _cheapest(candidates)
 
 
@@ -93,12 +101,19 @@ def choose_prefill(
     """The prefill worker that would be done first; one of `avoid` only if there is no other. None: none is alive."""
     usable = usable_workers(workers, kind)
     usable = [worker for worker in usable if worker not in avoid] or usable
-    return _cheapest([_prefill_candidate(worker, demand, len(workers) > 1) for worker in usable])
+    needs = _Needs(demand, has_others=len(workers) > 1)
+    num_tokens = len(demand.token_ids)
+    candidates: list[Candidate] = []
+    for worker in usable:
+        num_cached = needs[worker][1]
+        num_to_compute = num_tokens - num_cached * worker.block_size if num_cached else num_tokens
+        candidates.append((worker.num_waiting_tokens + num_to_compute, worker.address, worker, num_cached))
+    return _cheapest(candidates)
 
 
 def usable_workers(workers: Iterable[Worker], kind: Kind | None = None) -> list[Worker]:
     """Those that take new work, of one kind if it is given."""
-    return [worker for worker in workers if worker.is_serving and (kind is None or _kind(worker) == kind)]
+    return [worker for worker in workers if worker.is_serving and (kind is None or worker.kind == kind)]
 
 
 def remember(choice: Choice, demand: Demand) -> None:
@@ -107,57 +122,36 @@ def remember(choice: Choice, demand: Demand) -> None:
         choice.worker.prefixes.add(demand.hashes(_identity(choice.worker)))
 
 
-def _decode_candidate(worker: Worker, demand: Demand, has_others: bool) -> Candidate:
-    identity = _identity(worker)
-    num_cached = _num_cached(worker, demand, has_others)
-    full = worker.num_seqs / identity.max_num_seqs + 1 - worker.num_free_blocks / identity.num_total_blocks
-    bonus = AFFINITY * num_cached / demand.num_blocks(identity)
-    return Candidate(full - bonus, worker.address, worker, num_cached)
+class _Needs:
+    """For a worker how many blocks it would reserve, and how many of them were sent there before."""
 
+    def __init__(self, demand: Demand, *, has_others: bool) -> None:
+        """Hashing a long prompt takes a while, and an only worker gets every request anyway."""
+        self._demand = demand
+        self._has_others = has_others
+        # By how a worker cuts prompts into blocks: how many they are, their hashes, and the first of those.
+        self._by_cut: dict[tuple[str, int], tuple[int, list[bytes], bytes | None]] = {}
 
-def _prefill_candidate(worker: Worker, demand: Demand, has_others: bool) -> Candidate:
-    num_cached = _num_cached(worker, demand, has_others)
-    num_to_compute = len(demand.token_ids) - num_cached * _identity(worker).block_size
-    return Candidate(worker.num_waiting_tokens + num_to_compute, worker.address, worker, num_cached)
+    def __getitem__(self, worker: Worker) -> tuple[int, int]:
+        cut = self._by_cut.get(worker.cut) or self._cut(worker)
+        # Few workers know the first block, and asking them all for more takes longer than all else.
+        return cut[0], worker.prefixes.num_matching(cut[1]) if cut[2] in worker.prefixes.known else 0
 
-
-def _num_cached(worker: Worker, demand: Demand, has_others: bool) -> int:
-    """Hashing a long prompt takes a while, and an only worker gets every request anyway."""
-    return worker.prefixes.num_matching(demand.hashes(_identity(worker))) if has_others else 0
-
-
-def _has_room(candidate: Candidate, demand: Demand) -> bool:
-    """Whether a reservation would be granted at once, as far as is known here. An idle worker is always asked."""
-    worker, identity = candidate.worker, _identity(candidate.worker)
-    if not worker.num_seqs:
-        return True
-    has_slot = worker.num_seqs < identity.max_num_seqs and not worker.load.num_waiting
-    return has_slot and _num_left(candidate, demand) >= 0
-
-
-def _is_pressed(candidate: Candidate, demand: Demand) -> bool:
-    """Whether it is under pressure, or would be with this. What an idle worker could bear, it is asked to."""
-    worker, num_spare = candidate.worker, _identity(candidate.worker).num_spare_blocks
-    return worker.is_pressed or (worker.num_seqs > 0 and 0 <= _num_left(candidate, demand) < num_spare)
-
-
-def _num_left(candidate: Candidate, demand: Demand) -> int:
-    """Blocks that would be free with it."""
-    num_needed = demand.num_blocks(_identity(candidate.worker)) - candidate.num_cached_blocks
-    return candidate.worker.num_free_blocks - num_needed
+    def _cut(self, worker: Worker) -> tuple[int, list[bytes], bytes | None]:
+        identity = _identity(worker)
+        hashes = self._demand.hashes(identity) if self._has_others else []
+        cut = self._by_cut[worker.cut] = self._demand.num_blocks(identity), hashes, hashes[0] if hashes else None
+        return cut
 
 
 def _cheapest(candidates: list[Candidate]) -> Choice | None:
     if not candidates:
         return None
-    best = min(candidates, key=lambda candidate: candidate[:2])
-    return Choice(best.worker, best.num_cached_blocks, tuple(candidates))
+    # No two have the same address.
+    _, _, worker, num_cached = min(candidates)
+    return Choice(worker, num_cached, candidates)
 
 
 def _identity(worker: Worker) -> Identity:
     assert worker.identity is not None, "a serving worker has been met"
     return worker.identity
-
-
-def _kind(worker: Worker) -> Kind:
-    return _identity(worker).kind

@@ -91,9 +91,7 @@ class Router:
     @property
     def _has_met_enough(self) -> bool:
         """Workers that start together with the router are waited for: without prefill it would begin degraded."""
-        if self.fleet.has_met_all:
-            return True
-        return self._clock() >= self._started_s + self._startup_grace_s
+        return self._clock() >= self._started_s + self._startup_grace_s or self.fleet.has_met_all
 
     def _workers_changed(self) -> None:
         is_ready = self.fleet.can_serve and self._has_met_enough and not self._is_stopping

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import grpc
 
+from common.rpc import CHANNEL_OPTIONS
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from tests.support.processes import Service
 
@@ -21,7 +22,8 @@ class Stream:
     def __init__(
         self, router: Service, prompt: str = PROMPT, *, max_tokens: int, sampling=GREEDY, cache_salt: str = ""
     ) -> None:
-        self._channel = grpc.insecure_channel(router.address)
+        # With keepalive, as pdserve's own client: without, a client whose link was cut waits for its deadline.
+        self._channel = grpc.insecure_channel(router.address, options=CHANNEL_OPTIONS)
         request = router_pb2.GenerateRequest(prompt=prompt, sampling=sampling, cache_salt=cache_salt)
         request.stopping.max_tokens = max_tokens
         request.stopping.ignore_eos = True
