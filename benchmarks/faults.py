@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grpc
 
@@ -198,12 +198,15 @@ class Matrix:
 
     def _afterwards(self, cell: Cell, victim: Service | None) -> Iterator[str]:
         """Everybody is there again, and nothing is left of the cell."""
-        if cell.phase == "draining":
+        # Who was killed has been started anew, and does not drain.
+        if cell.phase == "draining" and cell.fault not in ("kill", "restart"):
             drained = victim or self.cluster.decodes[0]
             drained.process.terminate()
             if (code := drained.process.wait(END_S)) not in (0, -signal.SIGKILL):
                 yield f"{drained.name} ended with {code}"
         self.cluster.restore()
+        for service in (*self.cluster.workers, *self.cluster.routers):
+            service.wait_ready()
         try:
             for router in self.cluster.routers:
                 wait_until_listed(router, self.cluster.workers, types_pb2.WORKER_STATE_SERVING)
@@ -233,7 +236,10 @@ class Matrix:
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs the cells that have every one of `words`, all when there are none; the exit code."""
+    """Runs the cells that have every one of `words`, all when there are none; the exit code.
+
+    Rows of cells that are not run stay in the table as they were kept.
+    """
     report = Report("faults", "Faults, phases and roles: what was promised, after each")
     obstacle = network.obstacle()
     if obstacle:
@@ -261,11 +267,28 @@ def main(words: Sequence[str]) -> int:
                     service.kill()
                 cluster.restore()
     num_violated = sum(row["violated"] != "nothing" for row in report.rows)
-    report.notes.append(f"{len(report.rows)} cells, {num_violated} with a violated promise.")
-    if not words:
-        report.save()
-    print(report.notes[-1])
+    print(f"{len(report.rows)} cells, {num_violated} with a violated promise.")
+    _save(report, words)
     return 1 if num_violated else 0
+
+
+def _save(report: Report, words: Sequence[str]) -> None:
+    """Together with the rows of cells that were not run this time."""
+    rows = {_cell_of(row): row for row in (*report.kept_rows(), *report.rows)}
+    order = {cell: place for place, cell in enumerate(cells(has_network=True))}
+    num_new = len(report.rows)
+    report.rows = sorted(rows.values(), key=lambda row: order[_cell_of(row)])
+    num_violated = sum(row["violated"] != "nothing" for row in report.rows)
+    report.notes.append(f"{len(report.rows)} cells, {num_violated} with a violated promise.")
+    if num_new < len(report.rows):
+        report.notes.append(
+            f"This run was of the {num_new} cells with {' '.join(words)}; the others are of earlier ones."
+        )
+    report.save()
+
+
+def _cell_of(row: Mapping[str, object]) -> Cell:
+    return Cell(str(row["fault"]), str(row["phase"]), str(row["role"]))
 
 
 if __name__ == "__main__":

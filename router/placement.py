@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from common.blocks import block_hashes, cache_seed
-from router.workers import Identity, Worker
+from router.workers import Cut, Identity, Worker
 
 # A prompt that is cached as a whole is worth this share of a decode worker's capacity.
 AFFINITY = 0.2
@@ -29,17 +29,17 @@ class Demand:
         self._cache_salt = cache_salt
         self._hashes: dict[tuple[str, int], list[bytes]] = {}
 
-    def hashes(self, identity: Identity) -> list[bytes]:
+    def hashes(self, cut: Cut | Identity) -> list[bytes]:
         """Chained hashes of the whole blocks, as a worker of that identity cuts them; computed once."""
-        key = identity.model_fingerprint, identity.block_size
+        key = cut.model_fingerprint, cut.block_size
         if key not in self._hashes:
-            seed = cache_seed(identity.model_fingerprint, self._cache_salt)
-            self._hashes[key] = block_hashes(self.token_ids, identity.block_size, seed=seed)
+            seed = cache_seed(cut.model_fingerprint, self._cache_salt)
+            self._hashes[key] = block_hashes(self.token_ids, cut.block_size, seed=seed)
         return self._hashes[key]
 
-    def num_blocks(self, identity: Identity) -> int:
+    def num_blocks(self, cut: Cut | Identity) -> int:
         """Blocks that decode reserves: all of the tokens, and one to grow into."""
-        return -(-len(self.token_ids) // identity.block_size) + 1
+        return -(-len(self.token_ids) // cut.block_size) + 1
 
 
 # Cost, address, worker, and how many blocks of the prefix were sent there before; compares by cost, then by address. A
@@ -78,10 +78,11 @@ def choose_decode(
     if exclude:
         usable = [worker for worker in usable if worker not in exclude]
     usable = [worker for worker in usable if worker.kind in prefill_kinds] or usable
-    needs = _Needs(demand, has_others=len(workers) > 1)
+    cuts = _Cuts(demand, has_others=len(workers) > 1)
     candidates: list[Candidate] = []
     for worker in usable:
-        num_blocks, num_cached = needs[worker]
+        num_blocks, hashes, first = cuts[worker.cut]
+        num_cached = worker.prefixes.num_matching(hashes) if first in worker.prefixes.known else 0
         num_left = worker.num_free_blocks - num_blocks + num_cached
         if worker.num_seqs:
             if only_with_room and (num_left < 0 or not worker.has_place):
@@ -100,12 +101,14 @@ def choose_prefill(
 ) -> Choice | None:
     """The prefill worker that would be done first; one of `avoid` only if there is no other. None: none is alive."""
     usable = usable_workers(workers, kind)
-    usable = [worker for worker in usable if worker not in avoid] or usable
-    needs = _Needs(demand, has_others=len(workers) > 1)
+    if avoid:
+        usable = [worker for worker in usable if worker not in avoid] or usable
+    cuts = _Cuts(demand, has_others=len(workers) > 1)
     num_tokens = len(demand.token_ids)
     candidates: list[Candidate] = []
     for worker in usable:
-        num_cached = needs[worker][1]
+        _, hashes, first = cuts[worker.cut]
+        num_cached = worker.prefixes.num_matching(hashes) if first in worker.prefixes.known else 0
         num_to_compute = num_tokens - num_cached * worker.block_size if num_cached else num_tokens
         candidates.append((worker.num_waiting_tokens + num_to_compute, worker.address, worker, num_cached))
     return _cheapest(candidates)
@@ -122,26 +125,21 @@ def remember(choice: Choice, demand: Demand) -> None:
         choice.worker.prefixes.add(demand.hashes(_identity(choice.worker)))
 
 
-class _Needs:
-    """For a worker how many blocks it would reserve, and how many of them were sent there before."""
+class _Cuts(dict[Cut, tuple[int, list[bytes], bytes | None]]):
+    """For each way of cutting a prompt into blocks: how many a worker would reserve, their hashes, the first of those.
+
+    Few workers know a prompt's first block, and asking them all for more takes longer than all else.
+    """
 
     def __init__(self, demand: Demand, *, has_others: bool) -> None:
         """Hashing a long prompt takes a while, and an only worker gets every request anyway."""
         self._demand = demand
         self._has_others = has_others
-        # By how a worker cuts prompts into blocks: how many they are, their hashes, and the first of those.
-        self._by_cut: dict[tuple[str, int], tuple[int, list[bytes], bytes | None]] = {}
 
-    def __getitem__(self, worker: Worker) -> tuple[int, int]:
-        cut = self._by_cut.get(worker.cut) or self._cut(worker)
-        # Few workers know the first block, and asking them all for more takes longer than all else.
-        return cut[0], worker.prefixes.num_matching(cut[1]) if cut[2] in worker.prefixes.known else 0
-
-    def _cut(self, worker: Worker) -> tuple[int, list[bytes], bytes | None]:
-        identity = _identity(worker)
-        hashes = self._demand.hashes(identity) if self._has_others else []
-        cut = self._by_cut[worker.cut] = self._demand.num_blocks(identity), hashes, hashes[0] if hashes else None
-        return cut
+    def __missing__(self, cut: Cut) -> tuple[int, list[bytes], bytes | None]:
+        hashes = self._demand.hashes(cut) if self._has_others else []
+        self[cut] = self._demand.num_blocks(cut), hashes, hashes[0] if hashes else None
+        return self[cut]
 
 
 def _cheapest(candidates: list[Candidate]) -> Choice | None:

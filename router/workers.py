@@ -60,6 +60,13 @@ class Identity(NamedTuple):
         return self.num_total_blocks * self.block_size
 
 
+class Cut(NamedTuple):
+    """How a worker cuts a prompt into blocks and hashes them."""
+
+    model_fingerprint: str
+    block_size: int
+
+
 LossCallback = Callable[[Unavailable], None]
 
 
@@ -102,9 +109,8 @@ class Worker:
         self.is_serving = self.state is WorkerState.SERVING and not self._is_leaving
         # Workers whose kinds differ never share a request.
         self.kind = who.kind if who else None
-        # Workers whose cuts are equal cut a prompt into the same blocks.
-        self.block_size = who.block_size if who else 0
-        self.cut = (who.model_fingerprint if who else "", self.block_size)
+        self.cut = Cut(who.model_fingerprint, who.block_size) if who else Cut("", 1)
+        self.block_size = self.cut.block_size
         self.num_spare_blocks = who.num_spare_blocks if who else 0
         # Sequences running, reserved or waiting there, and of those, the ones whose KV is not there yet.
         self.num_seqs = max(self._num_seqs, load.num_running + load.num_reserved + load.num_waiting)
