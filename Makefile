@@ -6,6 +6,8 @@ DECODE ?= auto
 PROMPT ?= The for statement is used to
 # Passed on to pytest and to the benchmarks: `make test ARGS="-k health"`.
 ARGS ?=
+# How long `make soak` goes on.
+MINUTES ?= 5
 
 # What a GPU needs as well, where there is one.
 comma := ,
@@ -17,7 +19,7 @@ INSTALLED := .venv/.installed
 export PREFILL DECODE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-slow test-all test-gpu bench check protos protos-accept docs
+.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak check protos protos-accept docs
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,12 @@ test-gpu: install ## tests that need a CUDA device, and on it the engine's, the 
 
 bench: install ## benchmarks
 	$(BIN)/python -m benchmarks $(ARGS)
+
+faults: install ## every fault in every phase at every role, and what was promised for each (ARGS="kill decode")
+	$(BIN)/python -u -m benchmarks.faults $(ARGS)
+
+soak: install ## mixed traffic with random faults, for so many minutes (MINUTES=5)
+	$(BIN)/python -u -m benchmarks.soak $(MINUTES)
 
 check: install ## lint, format, types, import rules, and the contract against the accepted one
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ class Address(NamedTuple):
         if not (port.isascii() and port.isdigit() and int(port) <= 65535):
             raise ValueError("the port is a number from 0 to 65535")
         return cls(host, int(port))
+
+    @property
+    def is_name(self) -> bool:
+        """The host has to be looked up."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return True
+        return False
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

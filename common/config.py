@@ -35,11 +35,17 @@ class ServiceConfig:
     health_listen: str = setting(
         "", "where health alone is served as well, for probes; empty: nowhere", form="listen or empty"
     )
+    instance_id: str = setting(
+        "", "stable name of this instance, unique in the cluster; empty: role-hostname-port of `listen`"
+    )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "form of a log line, on stderr", choices=("text", "json"))
 
     def __post_init__(self) -> None:
         validate(self)
+        if not self.instance_id:
+            name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
+            object.__setattr__(self, "instance_id", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +58,21 @@ class RouterConfig(ServiceConfig):
     metrics_listen: str = setting(
         "127.0.0.1:9101", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
     )
-    reuse_port: bool = setting(False, "several routers of one machine share `listen`")
+    reuse_port: bool = setting(False, "several routers of one machine share `listen`; give each its own instance_id")
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
     model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
-    prefill: tuple[str, ...] = setting(("127.0.0.1:50052",), "prefill workers", form="target")
-    decode: tuple[str, ...] = setting(("127.0.0.1:50053",), "decode workers", form="target")
+    prefill: tuple[str, ...] = setting(
+        ("127.0.0.1:50052",), "prefill workers; a name may lead to any number of them", form="target"
+    )
+    decode: tuple[str, ...] = setting(
+        ("127.0.0.1:50053",), "decode workers; a name may lead to any number of them", form="target"
+    )
+    resolve_s: float = setting(5.0, "how often names of workers are looked up again, in seconds", above=0)
+    min_watched: int = setting(
+        64,
+        "workers of one role up to which a router watches all; of more, as many as give each worker 12 to 24 routers",
+        minimum=1,
+    )
     max_request_s: float = setting(600.0, "deadline of a request whose client sets none, in seconds", above=0)
     max_queue_requests: int = setting(1024, "requests that may queue; one more is RESOURCE_EXHAUSTED", minimum=1)
     max_queue_tokens: int = setting(1_000_000, "prompt tokens that may queue; more is RESOURCE_EXHAUSTED", minimum=1)
@@ -77,8 +93,6 @@ class RouterConfig(ServiceConfig):
 @dataclass(frozen=True, kw_only=True)
 class WorkerConfig(ServiceConfig):
     """What both kinds of worker have."""
-
-    instance_id: str = setting("", "stable name of this worker, unique in the cluster; empty: role-hostname-port")
 
     model: str = setting(TINY_MODEL, "Hugging Face folder of the model")
     load_format: str = setting(
@@ -139,9 +153,6 @@ class WorkerConfig(ServiceConfig):
             raise ConfigError(
                 f"max_batch_tokens={self.max_batch_tokens}: expected at least block_size={self.block_size}"
             )
-        if not self.instance_id:
-            name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
-            object.__setattr__(self, "instance_id", name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """grpc.health.v1 for one process: may it be given work, and does it still make progress.
 
-`""` and each of the process's services answer readiness; `liveness` answers scheduler progress. Neither depends on
-another worker. The servicer is our own because the library's `Watch` holds its lock while it writes: one slow watcher
-would hold up every change.
+`""` and each of the process's services answer readiness; `liveness` answers scheduler progress, without which nothing
+is ready. Neither depends on another worker. The servicer is our own because the library's `Watch` holds its lock while
+it writes: one slow watcher would hold up every change.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Health(health_pb2_grpc.HealthServicer):
         if service == LIVENESS:
             return SERVING if self.is_live else NOT_SERVING
         if service in self._ready_names:
-            return SERVING if self.is_ready else NOT_SERVING
+            return SERVING if self.is_ready and self.is_live else NOT_SERVING
         return SERVICE_UNKNOWN
 
     def _wake_watchers(self) -> None:

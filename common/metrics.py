@@ -90,6 +90,7 @@ class WorkerMetrics(Metrics):
         self.cached_blocks = new.gauge("cached_blocks", "Free KV blocks that hold a reusable prefix.")
         self.total_blocks = new.gauge("total_blocks", "KV blocks in all.")
         self.pairs = new.gauge("pairs", "Live prefill/decode pairs.")
+        self.watchers = new.gauge("watchers", "Routers that watch this worker; the others send it nothing.")
         self.plain_kernels = new.gauge("plain_kernels", "1 while a GPU computes with PyTorch's own, slow kernels.")
         self.kv_bytes = new.counter("kv_bytes", "KV payload shipped (prefill) or received (decode).", "transport")
         self.queue_s = new.histogram("queue_seconds", "Received until scheduled (prefill) or reserved (decode).")

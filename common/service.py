@@ -39,8 +39,7 @@ def main(config_class: type[C], run: Callable[[C], Coroutine[Any, Any, None]]) -
     """
     try:
         config = load(config_class, sys.argv[1:])
-        instance = getattr(config, "instance_id", config.role)
-        logs.configure(config.log_level, config.log_format, service=config.role, instance=instance)
+        logs.configure(config.log_level, config.log_format, service=config.role, instance=config.instance_id)
         uvloop.run(run(config))
     except ConfigError as error:
         print(f"{config_class.role}: {error}", file=sys.stderr)

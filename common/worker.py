@@ -23,7 +23,7 @@ from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 0.5
-# Load that changes fast is told at most this often.
+# Load that changes fast is told at most this often, or as seldom as a watcher asks for.
 MIN_INTERVAL_S = 0.02
 # A step counter that stands still this long with work waiting makes the worker not live.
 WEDGED_S = 10.0
@@ -34,6 +34,11 @@ Evict = Callable[[PdserveError], None]
 def new_boot_id() -> str:
     """Tells this start of the process from every other."""
     return uuid.uuid4().hex
+
+
+def told_every_s(request: worker_pb2.WatchLoadRequest) -> float:
+    """How often load that changes fast is told to this watcher."""
+    return min(max(request.min_interval_s, MIN_INTERVAL_S), HEARTBEAT_S)
 
 
 class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
@@ -64,14 +69,20 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._drained: asyncio.Task[None] | None = None
+        # The newest step that was looked at, and when it was new.
+        self._seen_step = -1
+        self._progressed_s = clock()
         # Live pairs, read whenever load is told.
         self.num_pairs: Callable[[], int] = lambda: 0
+        # Load streams that are open.
+        self.num_watchers = 0
         metrics.running.set_function(lambda: self._load.num_running)
         metrics.waiting.set_function(lambda: self._load.num_waiting)
         metrics.free_blocks.set_function(lambda: self._load.num_free_blocks)
         metrics.cached_blocks.set_function(lambda: self._load.num_cached_blocks)
         metrics.total_blocks.set(identity.num_total_blocks)
         metrics.pairs.set_function(lambda: self.num_pairs())
+        metrics.watchers.set_function(lambda: self.num_watchers)
 
     @property
     def load(self) -> Load:
@@ -121,13 +132,18 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchLoad(
         self, request: worker_pb2.WatchLoadRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.WatchLoadResponse]:
-        yield self._load_message(self.identity)
-        while True:
-            changed = self._load_changed
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), HEARTBEAT_S - MIN_INTERVAL_S)
-            yield self._load_message(None)
-            await asyncio.sleep(MIN_INTERVAL_S)
+        interval_s = told_every_s(request)
+        self.num_watchers += 1
+        try:
+            yield self._load_message(self.identity)
+            while True:
+                changed = self._load_changed
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), HEARTBEAT_S - interval_s)
+                yield self._load_message(None)
+                await asyncio.sleep(interval_s)
+        finally:
+            self.num_watchers -= 1
 
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
@@ -152,22 +168,25 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         await self.start_drain()
 
     async def watch_liveness(self) -> None:
-        """Runs for the life of the process: `liveness` follows the step counter."""
-        counter, since = -1, self._clock()
+        """Runs for the life of the process."""
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            if self._load.step_counter != counter:
-                counter, since = self._load.step_counter, self._clock()
-            self._health.set_live(self._clock() - since < WEDGED_S)
+            self.check_progress()
+
+    def check_progress(self) -> None:
+        """`liveness` follows the step counter, as far as it has come since the last time."""
+        if self._load.step_counter != self._seen_step:
+            self._seen_step, self._progressed_s = self._load.step_counter, self._clock()
+        self._health.set_live(self._clock() - self._progressed_s < WEDGED_S)
 
     async def _drain(self, deadline_s: float) -> None:
         log.info("draining %d calls for at most %g s", len(self._calls), deadline_s)
         try:
             await asyncio.wait_for(self._idle.wait(), deadline_s)
         except TimeoutError:
-            log.warning("drain deadline passed: ending %d calls", len(self._calls))
+            log.warning("drain deadline passed: handing over %d calls", len(self._calls))
             for evict in list(self._calls.values()):
-                evict(Unavailable(f"{self.identity.instance_id} was drained before this ended", reason="DRAINING"))
+                evict(Unavailable(f"{self.identity.instance_id} was drained before this ended", reason="HANDED_OVER"))
             await self._idle.wait()
 
     def _crash(self, message: str) -> None:
@@ -185,4 +204,6 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         load = self._load
         state = types_pb2.WORKER_STATE_DRAINING if self.draining else types_pb2.WORKER_STATE_SERVING
         fields = {**load._asdict(), "pressure": pressure_to_proto(load.pressure)}
-        return worker_pb2.WatchLoadResponse(identity=identity, state=state, num_pairs=self.num_pairs(), **fields)
+        return worker_pb2.WatchLoadResponse(
+            identity=identity, state=state, num_pairs=self.num_pairs(), num_watchers=self.num_watchers, **fields
+        )

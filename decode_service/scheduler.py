@@ -8,6 +8,7 @@ preempted, never a reservation whose KV is on its way.
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from common.engine.prefix import PrefixCache
 from common.errors import DeadlineExceeded, InvalidArgument, PdserveError, ResourceExhausted
 from common.sequence import Sequence
 from decode_service.reservations import Reservation, State
+
+# Leaves room to count up in an unsigned 64-bit field.
+FIRST_ID_BITS = 63
 
 
 class Plan(NamedTuple):
@@ -54,7 +58,8 @@ class DecodeScheduler:
     _filling: OrderedDict[int, Reservation] = field(default_factory=OrderedDict)
     _running: OrderedDict[int, Reservation] = field(default_factory=OrderedDict)
     _free_slots: list[int] = field(default_factory=list)
-    _ids: itertools.count = field(default_factory=lambda: itertools.count(1))
+    # From a random place: KV meant for a former start of this worker, at the same address, finds no reservation here.
+    _ids: itertools.count = field(default_factory=lambda: itertools.count(secrets.randbits(FIRST_ID_BITS)))
     num_preemptions: int = 0
     # Nobody gives up waiting or runs out of time before.
     _next_expiry_s: float = float("inf")

@@ -193,5 +193,8 @@ class Dispatcher:
         return self._clock() - self._stranded_since_s >= self._fleet.heartbeat_timeout_s
 
     def _nobody_serves(self) -> PdserveError:
-        states = "; ".join(f"{one.address} is {one.state.value} {one.reason}".strip() for one in self._fleet.decode)
+        states = "; ".join(
+            [f"{one.address} is {one.state.value} {one.reason}".strip() for one in self._fleet.decode]
+            + [f"{name} leads nowhere" for name in self._fleet.unknown_decode_names]
+        )
         return Unavailable(f"no decode worker takes new work: {states}", retry_after_s=1.0, reason="NO_WORKER")

@@ -15,7 +15,11 @@ from router.workers import Worker
 
 # Another worker, or the same one later, may succeed where one failed in this way.
 RETRIABLE = (Unavailable, DataLoss, Aborted, Internal, ResourceExhausted, Cancelled)
+# And another worker may where this one was started anew with another model, which the router had yet to hear.
+RETRIABLE_REASONS = {"FINGERPRINT_MISMATCH", "MODEL_FINGERPRINT_MISMATCH"}
 MAX_FAILURES = 3
+# What a worker on its way out of service says, of new work and of what it can no longer finish.
+DRAINING, HANDED_OVER = "DRAINING", "HANDED_OVER"
 
 
 class Failures:
@@ -34,9 +38,15 @@ class Failures:
         return [worker for worker, generation in self.decode_workers.items() if worker.generation == generation]
 
     def add(self, error: PdserveError) -> None:
-        """Raises `error` when trying again cannot help, or has been tried `MAX_FAILURES` times without a token."""
+        """Raises `error` when trying again cannot help, or has been tried `MAX_FAILURES` times without a token.
+
+        Work that is handed over has not failed.
+        """
+        if error.reason == HANDED_OVER:
+            return
         self._num_since_token += 1
-        if self._num_since_token > MAX_FAILURES or not isinstance(error, RETRIABLE):
+        may_help = isinstance(error, RETRIABLE) or error.reason in RETRIABLE_REASONS
+        if self._num_since_token > MAX_FAILURES or not may_help:
             raise error
 
     def progressed(self) -> None:

@@ -1,4 +1,9 @@
-"""Keeps the picture of the workers true: one `WatchLoad` stream to each, redone for as long as the router lives."""
+"""The workers of this router: who is watched, who joins and leaves, and what they offer together.
+
+Who may be anywhere is what the directories say, and who answers stays known although no name leads there any more. So
+a worker leaves when nobody names it and it is unreachable, or when this router is to watch others; and not before the
+last request of this router has left it.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +14,22 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import NamedTuple
 
-import grpc.aio
-
-from common import rpc
 from common.clock import Clock, monotonic
-from common.load import Load
-from common.wire import pressure_from_proto
-from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
+from common.errors import PdserveError
+from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
+from router.directory import Directory, LookUp, look_up
+from router.failures import DRAINING, HANDED_OVER
 from router.placement import Kind, usable_workers
-from router.workers import Identity, Role, Worker, WorkerState
+from router.subset import SubsetSize, subset
+from router.watch import Watch
+from router.workers import Role, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
-FIRST_RETRY_S = 0.1
-LAST_RETRY_S = 1.0
 # How much longer than a silence a step counter may stand still.
 WEDGED_HEARTBEATS = 5
-
-_ROLE_NUMBERS = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.ROLE_DECODE}
+# Load messages that come at most, from all workers together; each costs this process about 200 µs.
+MAX_MESSAGES_PER_S = 1000
 
 
 class ServedModel(NamedTuple):
@@ -43,53 +46,74 @@ class ServedModel(NamedTuple):
 
 
 class Fleet:
-    """Every worker that was configured. A context manager: watches the workers and holds the channels meanwhile."""
+    """A context manager: watches the workers and holds the channels meanwhile."""
 
     def __init__(
         self,
         prefill: Iterable[str],
         decode: Iterable[str],
         *,
+        name: str,
+        min_watched: int,
         heartbeat_timeout_s: float,
+        resolve_s: float,
         on_change: Callable[[], None],
+        look_up: LookUp = look_up,
         clock: Clock = monotonic,
     ) -> None:
-        """`on_change` is called whenever a worker's state or load has changed."""
-        wedged_after_s = WEDGED_HEARTBEATS * heartbeat_timeout_s
-        self.prefill = [Worker(Role.PREFILL, address, wedged_after_s=wedged_after_s) for address in prefill]
-        self.decode = [Worker(Role.DECODE, address, wedged_after_s=wedged_after_s) for address in decode]
+        """`prefill` and `decode` are targets, HOST:PORT each; `name` is this router's. `on_change` is called whenever a
+        worker's state or load has changed, or a worker has joined or left."""
+        self._name = name
+        self._sizes = {role: SubsetSize(min_watched) for role in Role}
         self.heartbeat_timeout_s = heartbeat_timeout_s
+        self._wedged_after_s = WEDGED_HEARTBEATS * heartbeat_timeout_s
+        self._resolve_s = resolve_s
+        # Kinds of model for which a prefill worker takes new work.
+        self.prefill_kinds: frozenset[Kind] = frozenset()
+        self._was_degraded = False
         self._on_change = on_change
-        for worker in self.workers:
-            worker.on_room = on_change
         self._clock = clock
-        self._channels: dict[Worker, grpc.aio.Channel] = {}
-        self._decode_stubs: dict[Worker, decode_pb2_grpc.DecodeServiceStub] = {}
-        self._prefill_stubs: dict[Worker, prefill_pb2_grpc.PrefillServiceStub] = {}
-        self._watches: list[asyncio.Task[None]] = []
+        self._directories = {Role.PREFILL: Directory(prefill, look_up), Role.DECODE: Directory(decode, look_up)}
+        # By address.
+        self._members: dict[Role, dict[str, Worker]] = {Role.PREFILL: {}, Role.DECODE: {}}
+        self._watches: dict[Worker, Watch] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Fleet:
-        for worker in self.workers:
-            channel = self._channels[worker] = rpc.connect(worker.address)
-            if worker.role is Role.DECODE:
-                self._decode_stubs[worker] = decode_pb2_grpc.DecodeServiceStub(channel)
-            else:
-                self._prefill_stubs[worker] = prefill_pb2_grpc.PrefillServiceStub(channel)
-            self._watches.append(asyncio.create_task(self._watch(worker), name=f"watch {worker}"))
+        self._update()
+        self._membership = asyncio.create_task(self._follow_names(), name="membership")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
-        for channel in self._channels.values():
-            await channel.close()
+        self._membership.cancel()
+        await asyncio.gather(self._membership, return_exceptions=True)
+        await asyncio.gather(*self._closing, *(watch.close() for watch in self._watches.values()))
+
+    @property
+    def prefill(self) -> list[Worker]:
+        return list(self._members[Role.PREFILL].values())
+
+    @property
+    def decode(self) -> list[Worker]:
+        return list(self._members[Role.DECODE].values())
 
     @property
     def workers(self) -> list[Worker]:
         return [*self.prefill, *self.decode]
+
+    @property
+    def has_met_all(self) -> bool:
+        """Every name leads somewhere, and everybody who is watched has told who it is."""
+        if any(directory.unknown_names for directory in self._directories.values()):
+            return False
+        return all(worker.identity for worker in self.workers)
+
+    @property
+    def unknown_decode_names(self) -> list[str]:
+        """Names of decode workers that lead nowhere."""
+        return self._directories[Role.DECODE].unknown_names
 
     def num_workers(self, role: Role, state: WorkerState) -> int:
         return sum(worker.role is role and worker.state is state for worker in self.workers)
@@ -101,13 +125,8 @@ class Fleet:
 
     @property
     def is_degraded(self) -> bool:
-        """No prefill worker is alive, so decode workers prefill locally."""
-        return self.can_serve and not any(worker.is_serving for worker in self.prefill)
-
-    @property
-    def prefill_kinds(self) -> frozenset[Kind]:
-        """Kinds of model for which a prefill worker takes new work."""
-        return frozenset(worker.identity.kind for worker in usable_workers(self.prefill) if worker.identity)
+        """No decode worker that takes new work has a living prefill worker of its kind, so they prefill locally."""
+        return self.can_serve and not any(one.kind in self.prefill_kinds for one in usable_workers(self.decode))
 
     @property
     def model(self) -> ServedModel | None:
@@ -127,74 +146,93 @@ class Fleet:
         )
 
     def decode_stub(self, worker: Worker) -> decode_pb2_grpc.DecodeServiceStub:
-        return self._decode_stubs[worker]
+        """Of a worker that has a request of this router."""
+        return self._watches[worker].decode
 
     def prefill_stub(self, worker: Worker) -> prefill_pb2_grpc.PrefillServiceStub:
-        return self._prefill_stubs[worker]
+        """Of a worker that has a request of this router."""
+        return self._watches[worker].prefill
 
-    async def _watch(self, worker: Worker) -> None:
-        stub = worker_pb2_grpc.WorkerServiceStub(self._channels[worker])
-        retry_s = FIRST_RETRY_S
-        while True:
-            generation = worker.generation
-            reason = await self._follow(worker, stub)
+    def heed(self, worker: Worker, error: PdserveError) -> None:
+        """A call to `worker` ended so. That it leaves service may be heard from this before its load stream says so."""
+        if error.reason in (DRAINING, HANDED_OVER):
             with self._noting(worker):
-                worker.lose(reason)
-            retry_s = FIRST_RETRY_S if worker.generation > generation else min(2 * retry_s, LAST_RETRY_S)
-            await asyncio.sleep(retry_s)
+                worker.drain()
 
-    async def _follow(self, worker: Worker, stub: worker_pb2_grpc.WorkerServiceStub) -> str:
-        """Reads one load stream to its end, and says why it ended."""
-        call = stub.WatchLoad(worker_pb2.WatchLoadRequest())
-        try:
-            while True:
-                async with asyncio.timeout(self.heartbeat_timeout_s):
-                    message = await call.read()
-                if message is grpc.aio.EOF:
-                    return "it ended its load stream"
-                if message.HasField("identity"):
-                    if message.identity.role != _ROLE_NUMBERS[worker.role]:
-                        return f"it is {types_pb2.Role.Name(message.identity.role)}, configured as {worker.role.value}"
-                    worker.meet(_identity(message.identity), self._clock())
-                elif worker.identity is None:
-                    return "it did not say who it is"
-                with self._noting(worker):
-                    self._hear(worker, message)
-        except TimeoutError:
-            return f"nothing was heard of it for {self.heartbeat_timeout_s:g} s"
-        except grpc.aio.AioRpcError as error:
-            return f"{error.code().name}: {error.details()}"
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            return "it cancelled its load stream"
-        finally:
-            call.cancel()
+    async def _follow_names(self) -> None:
+        while True:
+            await asyncio.gather(*(directory.refresh() for directory in self._directories.values()))
+            self._update()
+            await asyncio.sleep(self._resolve_s)
 
-    def _hear(self, worker: Worker, message: worker_pb2.WatchLoadResponse) -> None:
-        serves = message.state == types_pb2.WORKER_STATE_SERVING
-        state = WorkerState.SERVING if serves else WorkerState.DRAINING
-        load = Load(**{name: getattr(message, name) for name in Load._fields})
-        load = load._replace(pressure=pressure_from_proto(message.pressure))
-        worker.hear(state, load, message.num_pairs, self._clock())
+    def _update(self) -> None:
+        """Lets in who is new, and out whom nothing keeps here."""
+        watched = {role: self._to_watch(role) for role in Role}
+        min_interval_s = sum(map(len, watched.values())) / MAX_MESSAGES_PER_S
+        for role, addresses in watched.items():
+            members = self._members[role]
+            for address in addresses:
+                if address not in members:
+                    self._join(Worker(role, address, wedged_after_s=self._wedged_after_s), min_interval_s)
+            kept = set(addresses)
+            for worker in list(members.values()):
+                worker.set_leaving(worker.address not in kept)
+                if worker.is_leaving and not worker.has_requests:
+                    self._leave(worker)
+        self._note_states()
+        self._on_change()
+
+    def _to_watch(self, role: Role) -> list[str]:
+        """Of who is named, and who answers although it is not, those that this router is to watch."""
+        members = self._members[role].values()
+        answering = [worker for worker in members if worker.state is not WorkerState.UNREACHABLE]
+        known = dict.fromkeys([*self._directories[role].addresses, *(worker.address for worker in answering)])
+        size = self._sizes[role]
+        size.adjust(len(known), [worker.num_watchers for worker in answering])
+        return subset(known, of=self._name, size=size.size)
+
+    def _join(self, worker: Worker, min_interval_s: float) -> None:
+        worker.on_room = self._on_change
+        self._members[worker.role][worker.address] = worker
+        self._watches[worker] = Watch(
+            worker,
+            heartbeat_timeout_s=self.heartbeat_timeout_s,
+            min_interval_s=min_interval_s,
+            clock=self._clock,
+            noting=self._noting,
+        )
+
+    def _leave(self, worker: Worker) -> None:
+        log.info("worker has left", extra=_about(worker))
+        del self._members[worker.role][worker.address]
+        closing = asyncio.create_task(self._watches.pop(worker).close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
 
     @contextlib.contextmanager
     def _noting(self, worker: Worker) -> Iterator[None]:
         """Around a change: tells of it in the log when it is one of state, and to whoever places requests."""
-        before, was_degraded = (worker.state, worker.reason), self.is_degraded
+        before = worker.state, worker.reason, worker.identity
         yield
-        if (worker.state, worker.reason) != before:
+        if (worker.state, worker.reason, worker.identity) != before:
             level = logging.WARNING if worker.state is WorkerState.UNREACHABLE else logging.INFO
-            fields = {"worker": worker.address, "role": worker.role.value, "instance_id": worker.instance_id}
-            log.log(level, "worker is %s%s", worker.state.value, worker.reason and f": {worker.reason}", extra=fields)
-        if self.is_degraded and not was_degraded:
-            log.warning("no prefill worker is alive: decode workers prefill locally")
-        elif was_degraded and not self.is_degraded:
-            log.info("decode workers no longer prefill locally")
+            why = worker.reason and f": {worker.reason}"
+            log.log(level, "worker is %s%s", worker.state.value, why, extra=_about(worker))
+            self._note_states()
         self._on_change()
 
+    def _note_states(self) -> None:
+        """Somebody joined, left, or is in another state."""
+        kinds = (worker.kind for worker in usable_workers(self.prefill))
+        self.prefill_kinds = frozenset(kind for kind in kinds if kind is not None)
+        if self.is_degraded is self._was_degraded:
+            return
+        self._was_degraded = not self._was_degraded
+        if self._was_degraded:
+            log.warning("no prefill worker is alive that decode workers could use: they prefill locally")
+        else:
+            log.info("decode workers no longer prefill locally")
 
-def _identity(message: worker_pb2.WorkerIdentity) -> Identity:
-    fields = {name: getattr(message, name) for name in Identity._fields if name != "eos_token_ids"}
-    return Identity(**fields, eos_token_ids=tuple(message.eos_token_ids))
+
+def _about(worker: Worker) -> dict[str, str]:
+    return {"worker": worker.address, "role": worker.role.value, "instance_id": worker.instance_id}

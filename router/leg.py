@@ -193,6 +193,7 @@ class Leg:
         self._attempt = Attempt(reserved.attempt, share, call, self._inbox.put)
 
     def _prefill_failed(self, event: PrefillFailed) -> None:
+        self._fleet.heed(event.worker, event.error)
         # Once tokens come the call does not matter any more, nor does that of an older attempt.
         if self._state is not State.FILLING or self._attempt is None or event.attempt != self._attempt.number:
             return

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from common.blocks import block_hashes, cache_seed
-from router.workers import Identity, Worker
+from router.workers import Cut, Identity, Worker
 
 # A prompt that is cached as a whole is worth this share of a decode worker's capacity.
 AFFINITY = 0.2
@@ -29,26 +29,22 @@ class Demand:
         self._cache_salt = cache_salt
         self._hashes: dict[tuple[str, int], list[bytes]] = {}
 
-    def hashes(self, identity: Identity) -> list[bytes]:
+    def hashes(self, cut: Cut | Identity) -> list[bytes]:
         """Chained hashes of the whole blocks, as a worker of that identity cuts them; computed once."""
-        key = identity.model_fingerprint, identity.block_size
+        key = cut.model_fingerprint, cut.block_size
         if key not in self._hashes:
-            seed = cache_seed(identity.model_fingerprint, self._cache_salt)
-            self._hashes[key] = block_hashes(self.token_ids, identity.block_size, seed=seed)
+            seed = cache_seed(cut.model_fingerprint, self._cache_salt)
+            self._hashes[key] = block_hashes(self.token_ids, cut.block_size, seed=seed)
         return self._hashes[key]
 
-    def num_blocks(self, identity: Identity) -> int:
+    def num_blocks(self, cut: Cut | Identity) -> int:
         """Blocks that decode reserves: all of the tokens, and one to grow into."""
-        return -(-len(self.token_ids) // identity.block_size) + 1
+        return -(-len(self.token_ids) // cut.block_size) + 1
 
 
-class Candidate(NamedTuple):
-    """A worker that was considered. Compares by cost, then by address."""
-
-    cost: float
-    address: str
-    worker: Worker
-    num_cached_blocks: int
+# Cost, address, worker, and how many blocks of the prefix were sent there before; compares by cost, then by address. A
+# plain tuple: making a thousand of a class takes as long as all else.
+Candidate = tuple[float, str, Worker, int]
 
 
 class Choice(NamedTuple):
@@ -56,10 +52,10 @@ class Choice(NamedTuple):
 
     worker: Worker
     num_cached_blocks: int
-    considered: tuple[Candidate, ...]
+    considered: Sequence[Candidate]
 
     def __str__(self) -> str:
-        costs = ", ".join(f"{candidate.address} costs {candidate.cost:.3f}" for candidate in self.considered)
+        costs = ", ".join(f"{address} costs {cost:.3f}" for cost, address, _, _ in self.considered)
         return f"{self.worker}: {self.num_cached_blocks} blocks were sent there before; {costs}"
 
 
@@ -75,15 +71,28 @@ def choose_decode(
     """The cheapest decode worker, among those that a prefill worker can serve (`prefill_kinds`) if there are any.
 
     None: no worker will do, or with `only_with_room`, none has room at the moment, or with `heed_pressure`, those that
-    would do are under pressure, or would be with it.
+    would do are under pressure, or would be with it. An idle worker always has room, and what it could bear, it is
+    asked to.
     """
-    usable = [worker for worker in usable_workers(workers, demand.kind) if worker not in exclude]
-    usable = [worker for worker in usable if _kind(worker) in prefill_kinds] or usable
-    candidates = [_decode_candidate(worker, demand, len(workers) > 1) for worker in usable]
-    if only_with_room:
-        candidates = [candidate for candidate in candidates if _has_room(candidate, demand)]
-    if heed_pressure:
-        candidates = [candidate for candidate in candidates if not _is_pressed(candidate, demand)]
+    usable = usable_workers(workers, demand.kind)
+    if exclude:
+        usable = [worker for worker in usable if worker not in exclude]
+    usable = [worker for worker in usable if worker.kind in prefill_kinds] or usable
+    cuts = _Cuts(demand, has_others=len(workers) > 1)
+    candidates: list[Candidate] = []
+    for worker in usable:
+        num_blocks, hashes, first = cuts[worker.cut]
+        num_cached = worker.prefixes.num_matching(hashes) if first in worker.prefixes.known else 0
+        num_left = worker.num_free_blocks - num_blocks + num_cached
+        if worker.num_seqs:
+            if only_with_room and (num_left < 0 or not worker.has_place):
+                continue
+            if heed_pressure and 0 <= num_left < worker.num_spare_blocks:
+                continue
+        if heed_pressure and worker.is_pressed:
+            continue
+        bonus = AFFINITY * num_cached / num_blocks
+        candidates.append((worker.fullness - bonus, worker.address, worker, num_cached))
     return _cheapest(candidates)
 
 
@@ -92,13 +101,22 @@ def choose_prefill(
 ) -> Choice | None:
     """The prefill worker that would be done first; one of `avoid` only if there is no other. None: none is alive."""
     usable = usable_workers(workers, kind)
-    usable = [worker for worker in usable if worker not in avoid] or usable
-    return _cheapest([_prefill_candidate(worker, demand, len(workers) > 1) for worker in usable])
+    if avoid:
+        usable = [worker for worker in usable if worker not in avoid] or usable
+    cuts = _Cuts(demand, has_others=len(workers) > 1)
+    num_tokens = len(demand.token_ids)
+    candidates: list[Candidate] = []
+    for worker in usable:
+        _, hashes, first = cuts[worker.cut]
+        num_cached = worker.prefixes.num_matching(hashes) if first in worker.prefixes.known else 0
+        num_to_compute = num_tokens - num_cached * worker.block_size if num_cached else num_tokens
+        candidates.append((worker.num_waiting_tokens + num_to_compute, worker.address, worker, num_cached))
+    return _cheapest(candidates)
 
 
 def usable_workers(workers: Iterable[Worker], kind: Kind | None = None) -> list[Worker]:
     """Those that take new work, of one kind if it is given."""
-    return [worker for worker in workers if worker.is_serving and (kind is None or _kind(worker) == kind)]
+    return [worker for worker in workers if worker.is_serving and (kind is None or worker.kind == kind)]
 
 
 def remember(choice: Choice, demand: Demand) -> None:
@@ -107,57 +125,31 @@ def remember(choice: Choice, demand: Demand) -> None:
         choice.worker.prefixes.add(demand.hashes(_identity(choice.worker)))
 
 
-def _decode_candidate(worker: Worker, demand: Demand, has_others: bool) -> Candidate:
-    identity = _identity(worker)
-    num_cached = _num_cached(worker, demand, has_others)
-    full = worker.num_seqs / identity.max_num_seqs + 1 - worker.num_free_blocks / identity.num_total_blocks
-    bonus = AFFINITY * num_cached / demand.num_blocks(identity)
-    return Candidate(full - bonus, worker.address, worker, num_cached)
+class _Cuts(dict[Cut, tuple[int, list[bytes], bytes | None]]):
+    """For each way of cutting a prompt into blocks: how many a worker would reserve, their hashes, the first of those.
 
+    Few workers know a prompt's first block, and asking them all for more takes longer than all else.
+    """
 
-def _prefill_candidate(worker: Worker, demand: Demand, has_others: bool) -> Candidate:
-    num_cached = _num_cached(worker, demand, has_others)
-    num_to_compute = len(demand.token_ids) - num_cached * _identity(worker).block_size
-    return Candidate(worker.num_waiting_tokens + num_to_compute, worker.address, worker, num_cached)
+    def __init__(self, demand: Demand, *, has_others: bool) -> None:
+        """Hashing a long prompt takes a while, and an only worker gets every request anyway."""
+        self._demand = demand
+        self._has_others = has_others
 
-
-def _num_cached(worker: Worker, demand: Demand, has_others: bool) -> int:
-    """Hashing a long prompt takes a while, and an only worker gets every request anyway."""
-    return worker.prefixes.num_matching(demand.hashes(_identity(worker))) if has_others else 0
-
-
-def _has_room(candidate: Candidate, demand: Demand) -> bool:
-    """Whether a reservation would be granted at once, as far as is known here. An idle worker is always asked."""
-    worker, identity = candidate.worker, _identity(candidate.worker)
-    if not worker.num_seqs:
-        return True
-    has_slot = worker.num_seqs < identity.max_num_seqs and not worker.load.num_waiting
-    return has_slot and _num_left(candidate, demand) >= 0
-
-
-def _is_pressed(candidate: Candidate, demand: Demand) -> bool:
-    """Whether it is under pressure, or would be with this. What an idle worker could bear, it is asked to."""
-    worker, num_spare = candidate.worker, _identity(candidate.worker).num_spare_blocks
-    return worker.is_pressed or (worker.num_seqs > 0 and 0 <= _num_left(candidate, demand) < num_spare)
-
-
-def _num_left(candidate: Candidate, demand: Demand) -> int:
-    """Blocks that would be free with it."""
-    num_needed = demand.num_blocks(_identity(candidate.worker)) - candidate.num_cached_blocks
-    return candidate.worker.num_free_blocks - num_needed
+    def __missing__(self, cut: Cut) -> tuple[int, list[bytes], bytes | None]:
+        hashes = self._demand.hashes(cut) if self._has_others else []
+        self[cut] = self._demand.num_blocks(cut), hashes, hashes[0] if hashes else None
+        return self[cut]
 
 
 def _cheapest(candidates: list[Candidate]) -> Choice | None:
     if not candidates:
         return None
-    best = min(candidates, key=lambda candidate: candidate[:2])
-    return Choice(best.worker, best.num_cached_blocks, tuple(candidates))
+    # No two have the same address.
+    _, _, worker, num_cached = min(candidates)
+    return Choice(worker, num_cached, candidates)
 
 
 def _identity(worker: Worker) -> Identity:
     assert worker.identity is not None, "a serving worker has been met"
     return worker.identity
-
-
-def _kind(worker: Worker) -> Kind:
-    return _identity(worker).kind

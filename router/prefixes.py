@@ -12,22 +12,22 @@ class PrefixIndex:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         # Least recently used first.
-        self._hashes: OrderedDict[bytes, None] = OrderedDict()
+        self.known: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._hashes)
+        return len(self.known)
 
     def num_matching(self, hashes: Sequence[bytes]) -> int:
         """How many leading blocks were sent there before."""
         for place, value in enumerate(hashes):
-            if value not in self._hashes:
+            if value not in self.known:
                 return place
         return len(hashes)
 
     def add(self, hashes: Sequence[bytes]) -> None:
         """The worker gets these blocks. A prefix's end is forgotten before its beginning."""
         for value in reversed(hashes):
-            self._hashes[value] = None
-            self._hashes.move_to_end(value)
-        while len(self._hashes) > self._capacity:
-            self._hashes.popitem(last=False)
+            self.known[value] = None
+            self.known.move_to_end(value)
+        while len(self.known) > self._capacity:
+            self.known.popitem(last=False)

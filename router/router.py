@@ -18,6 +18,7 @@ from common.health import Health
 from common.metrics import RouterMetrics
 from common.tokenization import Tokenizer
 from pdserve.v1 import router_pb2_grpc
+from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.in_flight import InFlight
@@ -33,7 +34,14 @@ log = logging.getLogger(__name__)
 class Router:
     """Watches its workers while `running`; ready whenever a decode worker is."""
 
-    def __init__(self, config: RouterConfig, tokenizer: Tokenizer | None, *, clock: Clock = monotonic) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        tokenizer: Tokenizer | None,
+        *,
+        look_up: LookUp = look_up,
+        clock: Clock = monotonic,
+    ) -> None:
         self.health = Health()
         self.metrics = RouterMetrics()
         self._is_stopping = False
@@ -43,7 +51,11 @@ class Router:
         self.fleet = Fleet(
             config.prefill,
             config.decode,
+            name=config.instance_id,
+            min_watched=config.min_watched,
             heartbeat_timeout_s=config.heartbeat_timeout_s,
+            resolve_s=config.resolve_s,
+            look_up=look_up,
             on_change=self._workers_changed,
             clock=clock,
         )
@@ -79,9 +91,7 @@ class Router:
     @property
     def _has_met_enough(self) -> bool:
         """Workers that start together with the router are waited for: without prefill it would begin degraded."""
-        if all(worker.identity for worker in self.fleet.workers):
-            return True
-        return self._clock() >= self._started_s + self._startup_grace_s
+        return self._clock() >= self._started_s + self._startup_grace_s or self.fleet.has_met_all
 
     def _workers_changed(self) -> None:
         is_ready = self.fleet.can_serve and self._has_met_enough and not self._is_stopping

@@ -107,6 +107,7 @@ class Session:
 
     async def _place_elsewhere(self, placement: Placement, error: PdserveError) -> Placement:
         """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""
+        self._parts.fleet.heed(placement.worker, error)
         self._failures.add(error)
         self._failures.decode_workers[placement.worker] = placement.generation
         has_begun = bool(self._output.token_ids)

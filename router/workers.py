@@ -1,6 +1,6 @@
 """One worker as this router sees it: who it is, how loaded, whether it may be used. No I/O: `fleet` keeps it true.
 
-  first message of a load stream             WatchLoad says so
+  first message of a load stream             WatchLoad says so, or a refusal does
 UNREACHABLE ─────────────────────▶ SERVING ──────────────────▶ DRAINING
      ▲                                │                            │
      └────────────────────────────────┴────────────────────────────┘
@@ -60,6 +60,13 @@ class Identity(NamedTuple):
         return self.num_total_blocks * self.block_size
 
 
+class Cut(NamedTuple):
+    """How a worker cuts a prompt into blocks and hashes them."""
+
+    model_fingerprint: str
+    block_size: int
+
+
 LossCallback = Callable[[Unavailable], None]
 
 
@@ -75,9 +82,12 @@ class Worker:
         self.identity: Identity | None = None
         self.load = Load()
         self.num_pairs = 0
+        # Routers that watch it, this one among them.
+        self.num_watchers = 0
         # Grows each time the worker is met anew.
         self.generation = 0
         self.prefixes = PrefixIndex(0)
+        self._is_leaving = False
         self._ramp = Ramp()
         self._wedged_after_s = wedged_after_s
         self._stepped_s = 0.0
@@ -90,45 +100,47 @@ class Worker:
         self._num_uncounted = 0
         self._num_uncounted_blocks = 0
         self._num_tokens = 0
+        self._reckon()
+
+    def _reckon(self) -> None:
+        """What placement reads of every worker for every request: reckoned when something changes, not when read."""
+        who, load = self.identity, self.load
+        # It takes new work of this router.
+        self.is_serving = self.state is WorkerState.SERVING and not self._is_leaving
+        # Workers whose kinds differ never share a request.
+        self.kind = who.kind if who else None
+        self.cut = Cut(who.model_fingerprint, who.block_size) if who else Cut("", 1)
+        self.block_size = self.cut.block_size
+        self.num_spare_blocks = who.num_spare_blocks if who else 0
+        # Sequences running, reserved or waiting there, and of those, the ones whose KV is not there yet.
+        self.num_seqs = max(self._num_seqs, load.num_running + load.num_reserved + load.num_waiting)
+        self.num_coming = self._num_uncounted + load.num_reserved + load.num_waiting
+        # A decode worker that is to get nothing new, by what it last told. It tells anew at least every 500 ms, or is
+        # lost and then not asked at all: no pressure outlives the news of it.
+        most = self._ramp.most
+        self.is_pressed = bool(load.pressure) or (most is not None and self.num_coming >= most)
+        # Blocks that a new request may have: one for each running sequence to grow is kept.
+        num_total = who.num_total_blocks if who else 0
+        told = load.num_free_blocks - self._num_uncounted_blocks
+        self.num_free_blocks = min(told, num_total - self._num_blocks) - load.num_running
+        # A sequence more would not have to wait for a place in the batch.
+        self.has_place = who is not None and self.num_seqs < who.max_num_seqs and not load.num_waiting
+        # How full it is, in sequences and in blocks: from 0 to 2, or more when it has promised more than it has.
+        self.fullness = self.num_seqs / who.max_num_seqs + 1 - self.num_free_blocks / num_total if who else 0.0
+        # Prompt tokens waiting or being computed there.
+        self.num_waiting_tokens = max(self._num_tokens, load.num_waiting_tokens)
 
     def __repr__(self) -> str:
         return f"{self.role.value} {self.address}"
 
     @property
-    def is_serving(self) -> bool:
-        return self.state is WorkerState.SERVING
+    def has_requests(self) -> bool:
+        """Of this router, there or on their way."""
+        return self._num_seqs > 0
 
     @property
     def instance_id(self) -> str:
         return self.identity.instance_id if self.identity else ""
-
-    @property
-    def num_seqs(self) -> int:
-        """Sequences running, reserved or waiting there."""
-        return max(self._num_seqs, self.load.num_running + self.load.num_reserved + self.load.num_waiting)
-
-    @property
-    def num_coming(self) -> int:
-        """Of those, the ones whose KV is not there yet."""
-        return self._num_uncounted + self.load.num_reserved + self.load.num_waiting
-
-    @property
-    def is_pressed(self) -> bool:
-        """A decode worker that is to get nothing new, by what it last told. It tells anew at least every 500 ms, or is
-        lost and then not asked at all: no pressure outlives the news of it."""
-        return bool(self.load.pressure) or (self._ramp.most is not None and self.num_coming >= self._ramp.most)
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that a new request may have: one for each running sequence to grow is kept."""
-        told = self.load.num_free_blocks - self._num_uncounted_blocks
-        total = self.identity.num_total_blocks if self.identity else 0
-        return min(told, total - self._num_blocks) - self.load.num_running
-
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Prompt tokens waiting or being computed there."""
-        return max(self._num_tokens, self.load.num_waiting_tokens)
 
     def meet(self, identity: Identity, now_s: float) -> None:
         """The first message of a new load stream."""
@@ -137,6 +149,7 @@ class Worker:
         self.identity = identity
         self.generation += 1
         self._stepped_s = now_s
+        self._reckon()
 
     def hear(self, state: WorkerState, load: Load, num_pairs: int, now_s: float) -> None:
         """A message of the load stream, SERVING or DRAINING."""
@@ -145,12 +158,29 @@ class Worker:
         if load.step_counter != self.load.step_counter or not has_work:
             self._stepped_s = now_s
         self.load, self.num_pairs = load, num_pairs
+        self._reckon()
         self._ramp.hear(load, num_coming=self.num_coming, max_num_seqs=self.identity.max_num_seqs)
         stood_still_s = now_s - self._stepped_s
         if stood_still_s >= max(self._wedged_after_s, WEDGED_STEPS * load.step_ms / 1e3):
             self.lose(f"its step counter has stood still for {stood_still_s:.1f} s with work waiting")
         else:
             self.state, self.reason = state, ""
+            self._reckon()
+
+    def set_leaving(self, is_leaving: bool) -> None:
+        """Whether this router watches it for not much longer, and sends it nothing new."""
+        self._is_leaving = is_leaving
+        self._reckon()
+
+    @property
+    def is_leaving(self) -> bool:
+        return self._is_leaving
+
+    def drain(self) -> None:
+        """It has refused or handed over a request of this router."""
+        if self.state is WorkerState.SERVING:
+            self.state = WorkerState.DRAINING
+            self._reckon()
 
     def lose(self, reason: str) -> None:
         """It cannot be used; whoever has work there is told."""
@@ -158,6 +188,7 @@ class Worker:
         if self.state is WorkerState.UNREACHABLE:
             return
         self.state = WorkerState.UNREACHABLE
+        self._reckon()
         for callback in list(self._on_loss.values()):
             callback(Unavailable(f"{self} was lost: {reason}", reason="WORKER_LOST"))
 
@@ -178,16 +209,19 @@ class Worker:
         self._num_blocks += num_blocks
         self._num_uncounted_blocks += num_blocks
         self._num_tokens += num_tokens
+        self._reckon()
         return Share(self, num_blocks, num_tokens)
 
     def count(self, share: Share) -> None:
         self._num_uncounted -= 1
         self._num_uncounted_blocks -= share.num_blocks
+        self._reckon()
 
     def give_back(self, share: Share) -> None:
         self._num_seqs -= 1
         self._num_blocks -= share.num_blocks
         self._num_tokens -= share.num_tokens
+        self._reckon()
 
 
 class Share:

@@ -29,13 +29,20 @@ async def test_starts_not_ready_and_live(served):
     assert await check(stub, health.LIVENESS) == SERVING
 
 
-async def test_readiness_and_liveness_are_apart(served):
+async def test_a_process_may_live_without_being_ready(served):
+    state, stub = served
+    state.set_ready(False)
+    assert await check(stub, "") == await check(stub, SERVICE) == NOT_SERVING
+    assert await check(stub, health.LIVENESS) == SERVING
+
+
+@pytest.mark.promise(6)
+async def test_without_progress_nothing_is_ready(served):
     state, stub = served
     state.set_ready(True)
-    state.set_live(False)
-    assert await check(stub, "") == SERVING
-    assert await check(stub, SERVICE) == SERVING
-    assert await check(stub, health.LIVENESS) == NOT_SERVING
+    for live, status in ((False, NOT_SERVING), (True, SERVING)):
+        state.set_live(live)
+        assert {await check(stub, name) for name in ("", SERVICE, health.LIVENESS)} == {status}
 
 
 async def test_an_unknown_name_is_not_found_and_the_known_ones_are_named(served):

@@ -96,6 +96,7 @@ def test_the_context_ends_a_completion_by_length():
     assert engine.events(sequence, Completed)[0].by_length
 
 
+@pytest.mark.promise(5)
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_closing_a_stream_frees_its_blocks_whatever_it_was_doing(steps):
     engine = HandTurnedEngine()
@@ -186,6 +187,7 @@ def test_shipped_kv_decodes_like_local_kv():
     assert completed.kv_bytes == 3 * 3 * engine.parts.cache.block_bytes
 
 
+@pytest.mark.promise(11)
 def test_late_write_of_an_older_attempt_never_reaches_live_blocks():
     engine, sequence = HandTurnedEngine(), make_request(list(range(1, 40)))
     reserve(engine, sequence)

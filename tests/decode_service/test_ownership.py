@@ -46,6 +46,7 @@ def expected_tokens(sequence, context_length):
             return tokens
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("trial", range(6))
 def test_no_sequence_ever_sees_or_loses_a_position(trial, monkeypatch):
     draw = random.Random(trial)

@@ -182,6 +182,7 @@ async def test_a_rendezvous_that_leads_nowhere_is_unavailable(decode) -> None:
     assert decode.pairs.num_pairs == 0
 
 
+@pytest.mark.promise(20)
 async def test_a_peer_without_the_token_is_refused_and_the_engine_never_hears_of_it(decode) -> None:
     client = decode.client()
     welcome = await client.hello()

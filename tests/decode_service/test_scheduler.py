@@ -76,6 +76,7 @@ def test_reservations_are_all_or_nothing_and_first_come_first_served():
     scheduler.check()
 
 
+@pytest.mark.promise(7)
 def test_a_reservation_that_waits_too_long_is_told_so():
     scheduler = make_scheduler(num_blocks=8)
     scheduler.open(make_sequence(16, first=0), local=False)
@@ -274,6 +275,16 @@ def test_a_full_waiting_list_is_an_error_with_a_retry_delay():
     assert raised.value.retry_after_s is not None
 
 
+@pytest.mark.promise(8)
+def test_a_restarted_worker_knows_no_reservation_of_its_former_self():
+    former, present = make_scheduler(), make_scheduler()
+    given = {former.open(make_sequence(), local=False).id for _ in range(8)}
+    for _ in range(8):
+        present.open(make_sequence(), local=False)
+    assert not given & set(present.reservations)
+
+
+@pytest.mark.promise(5)
 def test_ending_frees_everything_from_every_state():
     scheduler = make_scheduler(num_blocks=12)
     running = run(scheduler, make_sequence(8, first=0))

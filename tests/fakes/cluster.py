@@ -14,9 +14,13 @@ from common.tokenization import Tokenizer
 from pdserve.v1 import router_pb2, router_pb2_grpc
 from router.router import Router
 from tests.fakes.decode import FakeDecode
+from tests.fakes.names import FakeNames
 from tests.fakes.prefill import FakePrefill
 
 PATIENCE_S = 10.0
+# Names that lead to all workers of a kind.
+PREFILL_NAME, DECODE_NAME = "prefill:50052", "decode:50053"
+BY_NAME = {"prefill": (PREFILL_NAME,), "decode": (DECODE_NAME,), "resolve_s": 0.02}
 
 
 class FakeCluster:
@@ -26,6 +30,7 @@ class FakeCluster:
         self._decode_by_address: dict[str, FakeDecode] = {}
         self.decodes = [FakeDecode(**identity) for _ in range(num_decode)]
         self.prefills = [FakePrefill(self._decode_by_address, **identity) for _ in range(num_prefill)]
+        self.names = FakeNames()
         self.tokenizer: Tokenizer | None = Tokenizer.load(TINY_MODEL)
         self.router: Router
         self.stub: router_pb2_grpc.RouterServiceStub
@@ -40,13 +45,11 @@ class FakeCluster:
 
     @contextlib.asynccontextmanager
     async def running(self, **config: object) -> AsyncIterator[FakeCluster]:
-        """Everything is up and has met; `config` are settings of the router."""
-        workers = [*self.decodes, *self.prefills]
+        """Everything is up and has met; `config` are settings of the router, such as BY_NAME."""
         async with contextlib.AsyncExitStack() as stack:
-            for worker in workers:
-                await worker.start()
-                stack.push_async_callback(worker.kill)
-            self._decode_by_address |= {decode.address: decode for decode in self.decodes}
+            stack.push_async_callback(self._kill_all)
+            for worker in self.workers:
+                await self._start(worker)
             settings = RouterConfig(
                 **{
                     "prefill": tuple(worker.address for worker in self.prefills) or ("127.0.0.1:1",),
@@ -56,7 +59,7 @@ class FakeCluster:
                     **config,
                 }
             )
-            self.router = Router(settings, self.tokenizer)
+            self.router = Router(settings, self.tokenizer, look_up=self.names)
             await stack.enter_async_context(self.router.running())
             server = rpc.create_server()
             self.router.add_to(server)
@@ -66,10 +69,48 @@ class FakeCluster:
             channel = rpc.connect(f"127.0.0.1:{port}")
             stack.push_async_callback(channel.close)
             self.stub = router_pb2_grpc.RouterServiceStub(channel)
-            await eventually(lambda: sum(one.is_serving for one in self.router.fleet.workers) == len(workers))
+            await eventually(lambda: self.num_serving == len(self.workers))
             yield self
-        violations = [violation for worker in workers for violation in worker.violations]
+        violations = [violation for worker in self.workers for violation in worker.violations]
         assert not violations, violations
+
+    @property
+    def workers(self) -> list[FakeDecode | FakePrefill]:
+        return [*self.decodes, *self.prefills]
+
+    @property
+    def num_serving(self) -> int:
+        """Workers that the router would use."""
+        return sum(worker.is_serving for worker in self.router.fleet.workers)
+
+    async def add_decode(self, **identity: object) -> FakeDecode:
+        """Another one comes up, and its name leads to it too."""
+        self.decodes.append(FakeDecode(**identity))
+        await self._start(self.decodes[-1])
+        return self.decodes[-1]
+
+    async def add_prefill(self, **identity: object) -> FakePrefill:
+        """Another one comes up, and its name leads to it too."""
+        self.prefills.append(FakePrefill(self._decode_by_address, **identity))
+        await self._start(self.prefills[-1])
+        return self.prefills[-1]
+
+    def unname(self, worker: FakeDecode | FakePrefill) -> None:
+        """No name leads to it any more."""
+        for addresses in self.names.answers.values():
+            if worker.address in addresses:
+                addresses.remove(worker.address)
+
+    async def _start(self, worker: FakeDecode | FakePrefill) -> None:
+        await worker.start()
+        is_decode = isinstance(worker, FakeDecode)
+        if is_decode:
+            self._decode_by_address[worker.address] = worker
+        self.names.answers.setdefault(DECODE_NAME if is_decode else PREFILL_NAME, []).append(worker.address)
+
+    async def _kill_all(self) -> None:
+        for worker in self.workers:
+            await worker.kill()
 
     async def generate(self, prompt: str | list[int] = "Once", *, timeout: float = PATIENCE_S, **fields) -> Reply:
         """One whole completion. Keywords are fields of GenerateRequest; those of `stopping` may stand alone."""

@@ -49,6 +49,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         self.pause_at = 0
         # Each happens once, at that number of output tokens: the stream dies; the KV is lost for that reason.
         self.die_at: list[int] = []
+        self.dies_with: PdserveError = Unavailable("this worker died")
         self.lose_at: list[tuple[int, int]] = []
         # Ends without saying so, once every token is out.
         self.die_before_completion = False
@@ -95,7 +96,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         reservation = self._reservations[number] = FakeReservation(opening, list(opening.token_ids.ids))
         reader = asyncio.create_task(self._read(request_iterator, reservation))
         is_complete = False
-        with self._working():
+        with self._working(opening.model_fingerprint):
             try:
                 async for response in self._serve(number, reservation):
                     is_complete = response.HasField("completion")
@@ -139,7 +140,7 @@ class FakeDecode(FakeWorker, decode_pb2_grpc.DecodeServiceServicer):
         while not (self._has_ended(reservation) or self._is_finished(reservation)):
             if reservation.num_output in self.die_at:
                 self.die_at.remove(reservation.num_output)
-                raise Unavailable("this worker died")
+                raise self.dies_with
             for fault in self.lose_at:
                 if fault[0] == reservation.num_output:
                     self.lose_at.remove(fault)

@@ -43,7 +43,7 @@ class FakePrefill(FakeWorker, prefill_pb2_grpc.PrefillServiceServicer):
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
     ) -> prefill_pb2.PrefillResponse:
-        with self._working():
+        with self._working(request.model_fingerprint):
             self.requests.append(request)
             self.time_remaining_s = context.time_remaining()
             try:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import grpc.aio
 
 from common import rpc
-from common.errors import Unavailable
+from common.errors import FailedPrecondition, Unavailable
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
 HEARTBEAT_S = 0.05
@@ -46,10 +46,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         # The load stream goes on, but nothing comes.
         self.is_silent = False
         self.is_draining = False
+        # Refuses new work as when it drains, but its load stream has yet to say so.
+        self.refuses = False
+        self.num_refused = 0
         # Work waits, and the step counter does not move.
         self.is_wedged = False
         # Calls at work in this moment.
         self.num_active = 0
+        # Calls that were meant for a worker of another fingerprint.
+        self.num_misdirected = 0
         # What the router did that no router may do; asserted to be empty when the cluster stops.
         self.violations: list[str] = []
         self._step_counter = 0
@@ -102,9 +107,13 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
                     await changed.wait()
 
     @contextlib.contextmanager
-    def _working(self):
-        """Around a call."""
-        if self.is_draining:
+    def _working(self, model_fingerprint: str):
+        """Around a call that was meant for a worker of that fingerprint."""
+        if model_fingerprint != self.identity.model_fingerprint:
+            self.num_misdirected += 1
+            raise FailedPrecondition(f"{model_fingerprint} was asked for", reason="FINGERPRINT_MISMATCH")
+        if self.is_draining or self.refuses:
+            self.num_refused += 1
             raise Unavailable("draining", reason="DRAINING")
         self.num_active += 1
         self._wake()
@@ -125,5 +134,6 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             "num_free_blocks": self.identity.num_total_blocks,
             "num_running": self.num_active,
             "step_counter": self._step_counter,
+            "num_watchers": 1,
         }
         return worker_pb2.WatchLoadResponse(identity=identity, state=state, **{**counted, **self.told})

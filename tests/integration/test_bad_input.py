@@ -112,6 +112,7 @@ async def test_a_deadline_that_is_past_is_exceeded(cluster):
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+@pytest.mark.promise(19)
 @pytest.mark.parametrize("payload", [b"\xff\xff\xff", b"\x22\x02\xc3\x28"], ids=["no message", "bad UTF-8"])
 @pytest.mark.parametrize(
     ("service", "method"),

@@ -88,6 +88,7 @@ def test_a_client_that_is_killed_leaves_no_block_on_either_side(services):
                     break
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("stopped", ["prefill", "decode"])
 def test_a_stopped_worker_is_noticed_and_comes_back(stopped):
     with running_services() as services, grpc.insecure_channel(services.router.address) as channel:

@@ -13,6 +13,7 @@ PROMPT = "The for statement is used to iterate over the elements of a sequence"
 GREEDY = {"temperature": 0}
 
 
+@pytest.mark.promise(15)
 async def test_a_prompt_is_served_and_its_path_proven():
     async with RealCluster().running() as cluster:
         reply = await cluster.generate(PROMPT, max_tokens=12, ignore_eos=True, sampling=GREEDY)
@@ -54,6 +55,7 @@ async def test_only_the_blocks_that_decode_lacks_are_shipped():
         assert longer.completion.path.kv_bytes * 5 == first.completion.path.kv_bytes
 
 
+@pytest.mark.promise(17)
 async def test_prompt_logprobs_cross_the_handover():
     async with RealCluster().running() as cluster:
         prompt = list(range(100, 140))
@@ -78,6 +80,7 @@ async def test_a_stop_string_ends_the_text_before_it():
         assert reply.completion.finish_reason == types_pb2.FINISH_REASON_STOP
 
 
+@pytest.mark.promise(1, 18)
 @pytest.mark.parametrize("num_read", [0, 1, 5])
 async def test_a_client_that_leaves_frees_the_blocks_on_both_sides(num_read):
     async with RealCluster().running() as cluster:
@@ -116,6 +119,7 @@ async def test_preempted_sequences_keep_their_tokens():
     assert types_pb2.KV_PATH_RECOMPUTED in paths
 
 
+@pytest.mark.promise(2)
 async def test_a_prefill_worker_that_dies_is_replaced_on_the_same_reservation():
     async with RealCluster(num_prefill=2).running() as cluster:
         expected = await cluster.generate(PROMPT, max_tokens=8, sampling=GREEDY)
@@ -145,6 +149,7 @@ def mixed_requests(count: int) -> list[dict]:
     ]
 
 
+@pytest.mark.promise(12)
 async def test_concurrent_requests_get_the_tokens_they_get_alone():
     requests = mixed_requests(200)
     async with RealCluster(num_prefill=2, num_decode=2, decode_num_blocks=400).running() as cluster:

@@ -112,6 +112,7 @@ def test_a_long_prompt_is_shipped_while_it_is_still_computed():
     assert {(first, len(blocks)) for _, first, blocks in engine.outgoing().shipped} == {(0, 2), (2, 2), (4, 1)}
 
 
+@pytest.mark.promise(17)
 def test_the_commit_carries_the_first_token_and_all_bytes():
     engine = HandTurnedEngine()
     engine.begin(range(40), num_logprobs=2, num_prompt_logprobs=1)
@@ -170,6 +171,7 @@ def test_blocks_are_held_until_decode_has_acknowledged():
     engine.check()
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize(
     ("status", "error"),
     [
@@ -191,6 +193,7 @@ def test_an_attempt_that_fails_while_computing_says_why_and_frees_its_blocks(sta
     assert not engine.has_work()
 
 
+@pytest.mark.promise(5)
 def test_cancel_stops_between_two_chunks_and_waits_for_what_is_announced():
     engine = HandTurnedEngine(max_batch_tokens=16)
     task = engine.begin(range(60))

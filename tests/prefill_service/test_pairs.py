@@ -123,6 +123,7 @@ async def test_one_waiter_that_leaves_does_not_hurt_the_others(start_decode, mak
     assert not (await waiters[1]).ended
 
 
+@pytest.mark.promise(14)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -170,6 +171,7 @@ async def test_nobody_listening_is_unavailable_and_a_later_start_is_found(start_
     assert await ship_one(registry, decode) == (TransferStatus.OK, "")
 
 
+@pytest.mark.promise(7)
 async def test_a_silent_decode_worker_is_given_up_in_time(serve, make_registry) -> None:
     endpoint, registry = await serve(add_silent), make_registry(pair_connect_s=0.3)
     with pytest.raises(Unavailable, match=r"no pair with decode worker .* within 0\.05 s"):
@@ -178,6 +180,7 @@ async def test_a_silent_decode_worker_is_given_up_in_time(serve, make_registry) 
         await registry.acquire(endpoint, timeout_s=WAIT_S)
 
 
+@pytest.mark.promise(9)
 @pytest.mark.parametrize("breaking", ["prefill", "decode", "group"])
 async def test_a_pair_is_remade_after_any_failure(start_decode, make_registry, breaking: str) -> None:
     decode, registry = await start_decode(), make_registry()
@@ -213,6 +216,7 @@ async def test_an_idle_pair_is_closed_and_a_busy_one_is_not(start_decode, make_r
     assert outcomes.wait(A).detail == "abandoned by prefill"
 
 
+@pytest.mark.promise(8)
 async def test_a_restarted_prefill_worker_ends_the_pair_of_its_former_self(start_decode, make_registry) -> None:
     decode, former = await start_decode(), make_registry()
     reborn = make_registry(dataclasses.replace(PREFILL, boot_id="another-boot"))

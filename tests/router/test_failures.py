@@ -13,6 +13,7 @@ from tests.fakes.cluster import FakeCluster, Reply, eventually
 PREEMPTED = decode_pb2.PREFILL_NEEDED_REASON_PREEMPTED
 PAIR_LOST = decode_pb2.PREFILL_NEEDED_REASON_PAIR_LOST
 SCRIPT = list(range(100, 110))
+HANDED_OVER = errors.Unavailable("drained before this ended", reason="HANDED_OVER")
 
 
 async def _error(call) -> errors.PdserveError:
@@ -31,6 +32,7 @@ async def _idle(cluster: FakeCluster) -> None:
 # Prefill fails.
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize(
     "failure",
     [errors.Unavailable, errors.DataLoss, errors.Aborted, errors.Internal, errors.ResourceExhausted, errors.Cancelled],
@@ -144,6 +146,7 @@ async def test_a_prefill_worker_of_another_fingerprint_is_never_asked():
     async with cluster.running():
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_LOCAL
         assert cluster.prefill.requests == []
+        assert cluster.router.fleet.is_degraded, "local prefill is never silent"
 
 
 # Decode loses the KV and goes on.
@@ -324,6 +327,7 @@ async def test_a_worker_lost_after_a_stop_string_does_not_matter():
 # The client leaves, or its time is up.
 
 
+@pytest.mark.promise(1, 18)
 @pytest.mark.parametrize("phase", ["prefilling", "decoding"])
 async def test_a_client_that_leaves_frees_every_worker_at_once(phase):
     async with FakeCluster().running() as cluster:
@@ -345,6 +349,7 @@ async def test_a_deadline_frees_every_worker_at_once(phase):
         await _idle(cluster)
 
 
+@pytest.mark.promise(7)
 async def test_without_a_deadline_max_request_s_applies():
     async with FakeCluster().running(max_request_s=0.3) as cluster:
         cluster.decode.go.clear()
@@ -365,3 +370,47 @@ async def test_many_requests_at_once_all_come_through_with_every_kind_of_fault()
         assert all(reply.token_ids == SCRIPT for reply in replies)
         assert all(reply.completion.usage.completion_tokens == 10 for reply in replies)
         await _idle(cluster)
+
+
+# Workers leave service.
+
+
+async def test_a_stream_that_is_handed_over_goes_on_elsewhere_and_nothing_has_failed():
+    async with FakeCluster(num_decode=2).running() as cluster:
+        first, second = sorted(cluster.decodes, key=lambda decode: decode.address)
+        first.die_at, first.dies_with = [4], HANDED_OVER
+        reply = await cluster.generate([1, 2, 3], max_tokens=10)
+        assert reply.token_ids == SCRIPT
+        assert reply.completion.path.decode_worker == second.identity.instance_id
+        assert reply.completion.path.num_resumptions == 1
+        await _idle(cluster)
+
+
+async def test_any_number_of_workers_may_hand_a_request_over():
+    async with FakeCluster(num_prefill=6).running() as cluster:
+        for prefill in cluster.prefills[:-1]:
+            prefill.failures = [HANDED_OVER]
+        cluster.prefills[-1].tell_load(num_waiting_tokens=10_000)
+        await eventually(lambda: max(one.load.num_waiting_tokens for one in cluster.router.fleet.prefill) == 10_000)
+        reply = await cluster.generate(max_tokens=10)
+        assert reply.token_ids == SCRIPT
+        assert reply.completion.path.prefill_worker == cluster.prefills[-1].identity.instance_id
+
+
+@pytest.mark.parametrize("role", ["prefills", "decodes"])
+async def test_a_worker_that_refuses_is_asked_once_though_its_load_stream_has_yet_to_say_so(role):
+    async with FakeCluster(num_decode=2, num_prefill=2).running() as cluster:
+        leaving = min(getattr(cluster, role), key=lambda worker: worker.address)
+        leaving.is_silent = leaving.refuses = True
+        replies = [await cluster.generate([n], max_tokens=10) for n in range(6)]
+        assert all(reply.token_ids == SCRIPT for reply in replies)
+        assert leaving.num_refused == 1
+        assert all(reply.completion.path.kv_path == types_pb2.KV_PATH_REMOTE for reply in replies)
+
+
+async def test_the_only_prefill_worker_that_refuses_is_not_asked_again_and_decode_prefills():
+    async with FakeCluster().running() as cluster:
+        cluster.prefill.is_silent = cluster.prefill.refuses = True
+        reply = await cluster.generate(max_tokens=10)
+        assert (reply.token_ids, reply.completion.path.kv_path) == (SCRIPT, types_pb2.KV_PATH_LOCAL)
+        assert cluster.prefill.num_refused == 1

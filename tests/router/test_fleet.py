@@ -52,6 +52,7 @@ async def test_the_model_is_described_as_the_workers_tell(cluster):
     assert (list(model.model_fingerprints), model.protocol_version) == (["fingerprint"], 1)
 
 
+@pytest.mark.promise(4)
 async def test_a_silent_worker_is_unreachable_until_it_speaks(cluster):
     cluster.decode.is_silent = True
     await _is(cluster, UNREACHABLE)
@@ -60,6 +61,7 @@ async def test_a_silent_worker_is_unreachable_until_it_speaks(cluster):
     await _is(cluster, SERVING)
 
 
+@pytest.mark.promise(6)
 async def test_a_wedged_worker_is_unreachable_until_it_steps(cluster):
     cluster.decode.is_wedged = True
     cluster.decode.tell_load(num_running=1)
@@ -92,6 +94,7 @@ async def test_a_worker_of_the_wrong_role_is_not_used():
         await _is(cluster, UNREACHABLE)
 
 
+@pytest.mark.promise(10)
 async def test_the_router_is_ready_while_a_decode_worker_serves(cluster):
     health = cluster.router.health
     assert await health.Check(health_pb2.HealthCheckRequest(), None) == health_pb2.HealthCheckResponse(status="SERVING")

@@ -100,6 +100,7 @@ async def test_the_completion_proves_its_path(cluster):
     assert path.num_resumptions == 0
 
 
+@pytest.mark.promise(17)
 async def test_usage_counts_every_token_once(cluster):
     cluster.prefill.num_cached_tokens = 2
     usage = (await cluster.generate([1, 2, 3], max_tokens=4)).completion.usage

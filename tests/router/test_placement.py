@@ -1,5 +1,7 @@
 """Where requests go, and why."""
 
+import pytest
+
 from common.load import Load, PressureReason
 from router.placement import Demand, choose_decode, choose_prefill, remember
 from router.workers import Role, Worker, WorkerState
@@ -118,6 +120,7 @@ def test_an_excluded_worker_is_not_considered():
     assert _chosen_decode(workers, exclude=workers) is None
 
 
+@pytest.mark.promise(14)
 def test_workers_of_another_fingerprint_are_never_mixed():
     other = _prefill("a", model_fingerprint="other")
     assert _chosen_prefill([other, _prefill("b", 10_000)]) == "b"

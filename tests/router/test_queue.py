@@ -38,6 +38,7 @@ def test_first_come_first_served_within_a_priority(clock):
     assert _ids(queue) == ["b", "d", "a", "c", "e"]
 
 
+@pytest.mark.promise(19)
 def test_one_request_too_many_is_told_when_to_come_again(clock):
     queue = _queue(clock, max_requests=2)
     queue.join(request("a"))

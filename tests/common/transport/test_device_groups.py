@@ -233,6 +233,7 @@ async def test_closing_an_nccl_group_aborts_transfers_that_would_spin_for_ever(f
         prefill.send(torch.zeros(8, dtype=torch.uint8))
 
 
+@pytest.mark.promise(16)
 async def test_an_nccl_transfer_that_takes_too_long_ends_the_group(fake_nccl) -> None:
     prefill, _ = await nccl_groups()
     started_s = time.monotonic()

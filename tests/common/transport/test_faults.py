@@ -35,6 +35,7 @@ async def ship_once_it_is_back(registry: PairRegistry, endpoint: str) -> Attempt
                 await asyncio.sleep(0.05)
 
 
+@pytest.mark.promise(9, 16)
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 async def test_decode_survives_its_prefill_worker(serve, spawn, fault) -> None:
     engine = child.engine()
@@ -77,6 +78,7 @@ async def test_a_process_that_ends_without_closing_its_pairs_ends_well(serve, sp
     engine.close()
 
 
+@pytest.mark.promise(3, 9)
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
 async def test_prefill_survives_its_decode_worker(spawn, fault) -> None:
     registry = PairRegistry(PREFILL, child.cache(), PrefillConfig(), transports=GLOO)

@@ -70,6 +70,7 @@ async def test_nonsense_for_a_rendezvous_is_refused(nonsense: bytes) -> None:
         await asyncio.wait_for(joining.connect(nonsense), WAIT_S)
 
 
+@pytest.mark.promise(20)
 async def test_the_rendezvous_is_the_address_that_gloo_listens_on() -> None:
     joining = GlooJoining(PREFILL_RANK, interface="127.0.0.1", timeout_s=1)
     address = Address.parse((await joining.rendezvous()).decode())
@@ -106,6 +107,7 @@ async def test_two_sides_with_the_same_token_and_boot_ids_believe_one_another() 
     assert await authenticate_both(credentials, credentials) == [None, None]
 
 
+@pytest.mark.promise(20)
 @pytest.mark.parametrize(
     "stranger",
     [Credentials(b"other token", "p1", "d1"), Credentials(b"token", "p0", "d1"), Credentials(b"token", "p1", "d0")],

@@ -202,6 +202,7 @@ async def test_many_attempts_share_a_pair_and_none_starves(make_bench) -> None:
         assert same(bench.source, [number, 15 - number], bench.engine.cache, [2 * number, 2 * number + 1])
 
 
+@pytest.mark.promise(12)
 async def test_a_flipped_bit_is_found_and_the_pair_goes_on(make_bench) -> None:
     bench = await make_bench(max_chunk_bytes=2048)
     bench.wire.corrupt_send = 2
@@ -228,6 +229,7 @@ async def test_what_does_not_fit_the_reservation_is_invalid(make_bench, first_bl
     assert attempt.gone
 
 
+@pytest.mark.promise(11)
 async def test_late_write_of_an_older_attempt_never_reaches_live_blocks(make_bench) -> None:
     bench = await make_bench()
     bench.engine.pause()
