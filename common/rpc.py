@@ -19,6 +19,7 @@ import grpc.aio
 
 from common import errors
 from common.address import Address
+from common.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,17 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def connect(target: str) -> grpc.aio.Channel:
-    """A plaintext channel to HOST:PORT. Connects on first use and again whenever the peer is back."""
-    return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to HOST:PORT, plaintext without `tls`. Connects on first use and again whenever the peer is back.
+
+    It keeps the certificates that it is made with.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(target, tls.channel_credentials(), options=options)
 
 
 def create_server(*, reuse_port: bool = False) -> grpc.aio.Server:
@@ -65,13 +74,22 @@ def create_server(*, reuse_port: bool = False) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
 
 
-def bind(server: grpc.aio.Server, address: str, *, reuse_port: bool = False) -> int:
-    """Makes `server` listen on HOST:PORT and returns the port (of interest when 0 was asked for).
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    reuse_port: bool = False,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Makes `server` listen on HOST:PORT and returns the port (of interest when 0 was asked for). Plaintext without
+    `credentials`.
 
     Raises OSError naming the address and the reason, such as "Address already in use".
     """
     Address.parse(address).check_free(reuse_port=reuse_port)
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error

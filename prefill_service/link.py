@@ -14,6 +14,7 @@ from common import rpc
 from common.clock import Clock
 from common.config import PrefillConfig
 from common.errors import FailedPrecondition, Internal, InvalidArgument, PdserveError, Unavailable
+from common.tls import Tls
 from common.transport.authentication import Credentials
 from common.transport.group import PREFILL_RANK
 from common.transport.limits import chunk_bytes
@@ -46,6 +47,7 @@ class Link:
         identity: PairIdentity,
         source: BlockSource,
         config: PrefillConfig,
+        tls: Tls | None,
         transports: Transports,
         clock: Clock,
     ) -> None:
@@ -56,6 +58,7 @@ class Link:
         self._identity = identity
         self._source = source
         self._config = config
+        self._tls = tls
         self._transports = transports
         self._clock = clock
         self.task = asyncio.create_task(self._run(), name=name)
@@ -74,7 +77,7 @@ class Link:
 
     async def _run(self) -> None:
         try:
-            async with rpc.connect(self.endpoint) as channel:
+            async with rpc.connect(self.endpoint, self._tls) as channel:
                 call = decode_pb2_grpc.DecodeServiceStub(channel).ConnectPair()
                 outbox: Outbox[FromPrefill] = Outbox()
                 async with asyncio.timeout(self._config.pair_connect_s):
