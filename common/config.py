@@ -46,6 +46,9 @@ class ServiceConfig:
     tls_server_name: str = setting(
         "", "name that the certificates of those that are dialled are made out to; empty: the host that is dialled"
     )
+    identities: str = setting(
+        "", "TOML file of who may call what, by token or certificate; empty: whoever reaches the port may call it"
+    )
     instance_id: str = setting(
         "", "stable name of this instance, unique in the cluster; empty: role-hostname-port of `listen`"
     )

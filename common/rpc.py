@@ -19,6 +19,7 @@ import grpc.aio
 
 from common import errors
 from common.address import Address
+from common.identities import Gate
 from common.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -68,10 +69,13 @@ def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(target, tls.channel_credentials(), options=options)
 
 
-def create_server(*, reuse_port: bool = False) -> grpc.aio.Server:
-    """A server whose handlers raise PdserveError. With `reuse_port` several processes may share one port."""
+def create_server(*, reuse_port: bool = False, gate: Gate | None = None) -> grpc.aio.Server:
+    """A server whose handlers raise PdserveError, and are called by whom `gate` lets in (None: anybody).
+
+    With `reuse_port` several processes may share one port.
+    """
     options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(reuse_port)}
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
+    return grpc.aio.server(interceptors=[GuardInterceptor(gate)], options=list(options.items()))
 
 
 def bind(
@@ -114,8 +118,8 @@ def translate() -> Iterator[None]:
         raise errors.Cancelled("the other side cancelled the call") from error
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Gives every failure of a handler the status it deserves; UNKNOWN is never one.
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Lets the gate have its say, and gives every failure of a handler the status it deserves; UNKNOWN is never one.
 
     PdserveError: its own status and details; a task group's error counts as the first one in it. A request that does
     not parse: INVALID_ARGUMENT. Anything else is a bug: INTERNAL, and the traceback is logged. Responses of an async
@@ -123,16 +127,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     call is over.
     """
 
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate = gate
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        return None if handler is None else _guard(handler, handler_call_details.method)
+        return None if handler is None else _guard(handler, handler_call_details.method, self._gate)
 
 
-def _guard(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+def _guard(handler: grpc.RpcMethodHandler, method: str, gate: Gate | None) -> grpc.RpcMethodHandler:
     behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     serialize = handler.response_serializer
 
@@ -150,10 +157,14 @@ def _guard(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler
 
     async def respond(received: Any, context: grpc.aio.ServicerContext) -> bytes:
         async with _failures_become_statuses(method, context):
+            if gate is not None:
+                gate.admit(method, context)
             return serialize(await behavior(request_of(received), context))
 
     async def respond_stream(received: Any, context: grpc.aio.ServicerContext) -> None:
         async with _failures_become_statuses(method, context):
+            if gate is not None:
+                gate.admit(method, context)
             if not inspect.isasyncgenfunction(behavior):
                 await behavior(request_of(received), context)
                 return

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from common import logs, rpc
 from common.config import ConfigError, ServiceConfig, load
 from common.health import Health
+from common.identities import Gate, gate_of
 from common.metrics import Metrics, exposed
 from common.tls import server_credentials_of
 
@@ -71,13 +72,14 @@ async def serve(
         reflection.enable_server_reflection(names, server)
 
     credentials = server_credentials_of(config)
+    gate = gate_of(config)
     with _stop_signals() as signals:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 stack.enter_context(exposed(metrics, config.metrics_listen))
                 share = getattr(config, "reuse_port", False)
                 port = await stack.enter_async_context(
-                    _listening(config.listen, add_all, reuse_port=share, credentials=credentials)
+                    _listening(config.listen, add_all, reuse_port=share, credentials=credentials, gate=gate)
                 )
                 if config.health_listen:
                     await stack.enter_async_context(_listening(config.health_listen, health.add_to))
@@ -100,8 +102,9 @@ async def _listening(
     *,
     reuse_port: bool = False,
     credentials: grpc.ServerCredentials | None = None,
+    gate: Gate | None = None,
 ) -> AsyncIterator[int]:
-    server = rpc.create_server(reuse_port=reuse_port)
+    server = rpc.create_server(reuse_port=reuse_port, gate=gate)
     add(server)
     port = rpc.bind(server, address, reuse_port=reuse_port, credentials=credentials)
     await server.start()

@@ -7,32 +7,23 @@ one when `version` is another. Connections that stand are not ended.
 
 from __future__ import annotations
 
-import logging
-import os
+import contextlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import grpc
 
 from common.config import ServiceConfig
+from common.reloading import Reloading, Version
 from common.settings import ConfigError
-
-log = logging.getLogger(__name__)
-
-# Modification time, size and inode of each file.
-Version = tuple[tuple[int, int, int], ...]
-T = TypeVar("T")
 
 
 class _Pem(NamedTuple):
     certificate: bytes | None
     key: bytes | None
     ca: bytes
-
-    def for_server(self) -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration([(self.key, self.certificate)], root_certificates=self.ca)
 
 
 class Tls:
@@ -45,67 +36,48 @@ class Tls:
         Raises:
             ConfigError: a file cannot be read or is not what it should be; names the setting.
         """
-        self._files = {"tls_certificate": certificate, "tls_key": key, "tls_ca": ca}
         self.server_name = server_name
-        self._version = self._look()
-        self._pem = self._read()
-        # What could not be used, said once.
-        self._complaint = ""
+        self._paths = certificate, key, ca
+        files = {"tls_ca": ca} | ({"tls_certificate": certificate, "tls_key": key} if certificate else {})
+        self._pem = Reloading(files, self._read)
 
     @property
     def version(self) -> Version:
-        """Changes when a file is replaced by one that can be used."""
-        self._refresh()
-        return self._version
+        """Another one when a file has been replaced by one that can be used."""
+        return self._pem.version
 
     def server_credentials(self, *, require_client: bool) -> grpc.ServerCredentials:
         """With `require_client` nobody gets through who does not show a certificate of `ca`."""
 
+        told = self._pem.version
+
         def newest() -> grpc.ServerCertificateConfiguration | None:
             # Called at each handshake, in a thread of gRPC; None: as before.
-            return self._pem.for_server() if self._refresh() else None
+            nonlocal told
+            if self._pem.version == told:
+                return None
+            told = self._pem.version
+            return _for_server(self._pem.value)
 
-        return grpc.dynamic_ssl_server_credentials(self._pem.for_server(), newest, require_client)
+        return grpc.dynamic_ssl_server_credentials(_for_server(self._pem.value), newest, require_client)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Of the files as they are."""
-        self._refresh()
-        return grpc.ssl_channel_credentials(self._pem.ca, self._pem.key, self._pem.certificate)
-
-    def _refresh(self) -> bool:
-        """Whether the files were read anew. Those that cannot be used are left for the next time, and what was read
-        before holds on."""
-        try:
-            version = self._look()
-            if version == self._version:
-                return False
-            pem = self._read()
-        except ConfigError as error:
-            if str(error) != self._complaint:
-                log.error("going on with the certificates as they were: %s", error)
-            self._complaint = str(error)
-            return False
-        self._version, self._pem, self._complaint = version, pem, ""
-        log.info("certificates have been read again")
-        return True
-
-    def _look(self) -> Version:
-        return tuple(
-            (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            for name, path in self._files.items()
-            if path
-            for stat in [_reading(name, path, os.stat)]
-        )
+        pem = self._pem.value
+        return grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
 
     def _read(self) -> _Pem:
-        """Checks what gRPC would only complain about at the first handshake."""
-        certificate, key, ca = self._files.values()
+        """Finds what gRPC would only complain about at the first handshake."""
+        certificate, key, ca = self._paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        _reading("tls_ca", ca, lambda path: context.load_verify_locations(path))
+        for name, path in {"tls_certificate": certificate, "tls_ca": ca}.items():
+            if path:
+                with _explained(f"{name}={path!r}", "not certificates in PEM form"):
+                    context.load_verify_locations(path)
         if certificate:
-            _reading("tls_certificate", certificate, lambda path: context.load_verify_locations(path))
-            _reading("tls_key", key, lambda path: context.load_cert_chain(certificate, path, _no_password))
-        contents = [Path(path).read_bytes() if path else None for path in (certificate, key, ca)]
+            with _explained(f"tls_key={key!r}", "not the key of tls_certificate"):
+                context.load_cert_chain(certificate, key, _no_password)
+        contents = [Path(path).read_bytes() if path else None for path in self._paths]
         return _Pem(contents[0], contents[1], contents[2] or b"")
 
 
@@ -127,16 +99,20 @@ def server_credentials_of(config: ServiceConfig) -> grpc.ServerCredentials | Non
     return tls and tls.server_credentials(require_client=config.tls_client_certificates)
 
 
-def _reading(name: str, path: str, read: Callable[[str], T]) -> T:
+def _for_server(pem: _Pem) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pem.key, pem.certificate)], root_certificates=pem.ca)
+
+
+@contextlib.contextmanager
+def _explained(setting: str, what: str) -> Iterator[None]:
     try:
-        return read(path)
+        yield
     except ssl.SSLError as error:
-        what = "not the key of tls_certificate" if name == "tls_key" else "not certificates in PEM form"
-        raise ConfigError(f"{name}={path!r}: {what} ({error.reason or error})") from None
+        raise ConfigError(f"{setting}: {what} ({error.reason or error})") from None
     except OSError as error:
-        raise ConfigError(f"{name}={path!r}: {error.strerror}") from None
+        raise ConfigError(f"{setting}: {error.strerror}") from None
 
 
 def _no_password() -> str:
     # Without it OpenSSL would ask at the terminal.
-    raise ConfigError("tls_key: the key is encrypted; write it without a password, and keep the file to yourself")
+    raise ConfigError("tls_key: the key has a password; write it without one, and keep the file to its owner")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from common.errors import FailedPrecondition, InvalidArgument, NotFound
+from common.identities import bound_salt
 from common.params import StoppingParams
 from common.tokenization import ChatMessage, Tokenizer
 from common.tokenization.stop_strings import MAX_STOP_STRING_LENGTH
@@ -83,7 +84,7 @@ class Intake:
             stopping=_bounded(stopping, len(token_ids), model, is_default=not message.stopping.HasField("max_tokens")),
             num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
             num_prompt_logprobs=message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None,
-            cache_salt=message.cache_salt,
+            cache_salt=bound_salt(arrival.caller, message.cache_salt),
             priority=message.priority,
             arrival=arrival,
         )

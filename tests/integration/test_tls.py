@@ -9,7 +9,7 @@ import grpc.aio
 import pytest
 
 from common import rpc
-from pdserve.v1 import router_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
+from pdserve.v1 import decode_pb2, router_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from tests.fakes.cluster import Reply, eventually, generate_request
 from tests.support.certificates import Authority
 from tests.support.cluster import RealCluster
@@ -52,3 +52,27 @@ async def test_a_rotation_of_every_certificate_and_of_the_authority_restarts_nob
             stub = router_pb2_grpc.RouterServiceStub(channel)
             reply = await Reply.of(stub.Generate(generate_request("After it", max_tokens=2), timeout=30))
             assert reply.completion.path.kv_path == types_pb2.KV_PATH_REMOTE
+
+
+async def test_workers_serve_whom_the_file_names_and_nobody_else_of_the_authority(authority, tmp_path):
+    names = '[services]\nrouter = "certificate"\nprefill = "certificate"\n[operators]\nops = "certificate"\n'
+    (tmp_path / "identities.toml").write_text(names)
+    of_roles = {
+        f"{role}_{setting}": path for role in ("prefill", "decode") for setting, path in authority.issue(role).items()
+    }
+    ops, alice = authority.tls("ops"), authority.tls("alice")
+    cluster = RealCluster(tls=ops, identities=str(tmp_path / "identities.toml"), **of_roles)
+    async with cluster.running(**authority.issue("router")):
+        reply = await cluster.generate("The for statement", max_tokens=6, ignore_eos=True, sampling=GREEDY)
+        assert reply.completion.path.kv_path == types_pb2.KV_PATH_REMOTE
+        stream = cluster.decode_stub.Decode(iter([decode_pb2.DecodeRequest()]), timeout=10)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"PERMISSION_DENIED|'ops' is of operators"):
+            await stream.read()
+        async with rpc.connect(cluster.decodes[0].address, alice) as channel:
+            drain = worker_pb2_grpc.WorkerServiceStub(channel).Drain(worker_pb2.DrainRequest(), timeout=10)
+            with pytest.raises(grpc.aio.AioRpcError, match="Drain is for operators"):
+                await drain.read()
+        assert not cluster.decodes[0].worker.front.draining
+        drain = worker_pb2_grpc.WorkerServiceStub(cluster.decodes[0].channel).Drain(worker_pb2.DrainRequest())
+        assert [message.done async for message in drain][-1]
+        assert cluster.decodes[0].worker.front.draining

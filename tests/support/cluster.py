@@ -11,6 +11,7 @@ import grpc.aio
 from common import rpc
 from common.config import TINY_MODEL, DecodeConfig, PrefillConfig, RouterConfig
 from common.engine.setup import build
+from common.identities import gate_of
 from common.tls import Tls, server_credentials_of
 from common.tokenization import Tokenizer
 from decode_service.worker import DecodeWorker
@@ -32,11 +33,12 @@ class Served:
 
     def __init__(self, worker: Worker, config: PrefillConfig | DecodeConfig) -> None:
         self.worker = worker
+        self._config = config
         self._credentials = server_credentials_of(config)
 
     async def listen(self) -> None:
         """At a free port first, at the same one again after `kill`."""
-        self.server = rpc.create_server()
+        self.server = rpc.create_server(gate=gate_of(self._config))
         self.worker.add_to(self.server)
         port = rpc.bind(self.server, self.address, credentials=self._credentials)
         self.address = f"127.0.0.1:{port}"
@@ -111,7 +113,7 @@ class RealCluster:
             )
             self.router = Router(config, Tokenizer.load(self._model))
             await stack.enter_async_context(self.router.running())
-            server = rpc.create_server()
+            server = rpc.create_server(gate=gate_of(config))
             self.router.add_to(server)
             port = rpc.bind(server, "127.0.0.1:0", credentials=server_credentials_of(config))
             await server.start()
