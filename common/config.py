@@ -19,6 +19,7 @@ __all__ = ["ConfigError", "DecodeConfig", "PrefillConfig", "RouterConfig", "Serv
 TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny")
 # Ways of KV from one worker to another, best first; `common.transport.transports` describes them.
 KV_TRANSPORTS = ("cuda-ipc", "nccl", "gloo")
+MAX_STAGING_CHUNKS = 1024
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -169,7 +170,7 @@ class WorkerConfig(ServiceConfig):
         minimum=0,
         maximum=256 * 2**20,
     )
-    staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=1024)
+    staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=MAX_STAGING_CHUNKS)
 
     drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
 

@@ -25,6 +25,9 @@ from common.tls import Tls
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_METADATA_BYTES = 8 * 2**10
+# A router has one connection to each worker.
+MAX_CALLS_PER_CONNECTION = 8192
 
 # Keepalive of 500 ms + 500 ms. Without http2.ping_timeout_ms the server side still waits a minute; without the server's
 # minimum ping interval, idle streams are killed for "too_many_pings".
@@ -50,6 +53,10 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *_BOTH_ENDS,
+    # Soft and hard limit of a call's metadata; beyond it gRPC answers RESOURCE_EXHAUSTED by itself.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 100),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),

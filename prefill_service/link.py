@@ -12,14 +12,21 @@ import grpc.aio
 
 from common import rpc
 from common.clock import Clock
-from common.config import PrefillConfig
+from common.config import MAX_STAGING_CHUNKS, PrefillConfig
 from common.errors import FailedPrecondition, Internal, InvalidArgument, PdserveError, Unavailable
 from common.tls import Tls
 from common.transport.authentication import Credentials
-from common.transport.group import PREFILL_RANK
+from common.transport.group import MAX_RENDEZVOUS_BYTES, PREFILL_RANK
 from common.transport.limits import chunk_bytes
 from common.transport.meeting import Meeting
-from common.transport.messages import FromPrefill, PairHello, PairIdentity, PairWelcome
+from common.transport.messages import (
+    MAX_TOKEN_BYTES,
+    MAX_WORD_BYTES,
+    FromPrefill,
+    PairHello,
+    PairIdentity,
+    PairWelcome,
+)
 from common.transport.outbox import Outbox
 from common.transport.sending import BlockSource, SendingPair
 from common.transport.transports import Transports, name_of
@@ -161,6 +168,13 @@ class Link:
         welcome = None if response is grpc.aio.EOF else response_from_proto(response)
         if not isinstance(welcome, PairWelcome):
             raise Unavailable(f"decode worker {self.endpoint} did not answer a hello with a welcome")
+        if (
+            len(welcome.worker.encode()) > MAX_WORD_BYTES
+            or not 0 < len(welcome.token) <= MAX_TOKEN_BYTES
+            or not 0 < len(welcome.rendezvous) <= MAX_RENDEZVOUS_BYTES
+            or not 0 < welcome.num_credits <= MAX_STAGING_CHUNKS
+        ):
+            raise Unavailable(f"the welcome of decode worker {self.endpoint} is beyond the limits of one")
         return welcome
 
     async def _serve(self, call: Any, pair: SendingPair, outbox: Outbox[FromPrefill]) -> None:
