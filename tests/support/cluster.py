@@ -44,6 +44,10 @@ class Served:
         self.address = f"127.0.0.1:{port}"
         await self.server.start()
 
+    def raw(self, method: str):
+        """A call with bytes in both directions."""
+        return self.channel.stream_stream(method)
+
     async def kill(self) -> None:
         """Ends its streams without a word, as far as one process can do that to itself."""
         await self.server.stop(None)
@@ -122,6 +126,8 @@ class RealCluster:
             channel = rpc.connect(self.address, self.tls)
             stack.push_async_callback(channel.close)
             self.stub = router_pb2_grpc.RouterServiceStub(channel)
+            # A call with bytes in both directions.
+            self.raw = channel.unary_stream
             total = len(self.prefills) + len(self.decodes)
             await eventually(lambda: sum(one.is_serving for one in self.router.fleet.workers) == total)
             yield self
