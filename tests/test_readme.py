@@ -20,7 +20,7 @@ from pdserve import cli
 from tests.support.processes import ROOT, running_services
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {"router": RouterConfig, "prefill_service": PrefillConfig, "decode_service": DecodeConfig}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLAIN_ADDRESS = "127.0.0.1:50051"
