@@ -16,6 +16,7 @@ from common.config import ConfigError, RouterConfig
 from common.errors import FailedPrecondition
 from common.health import Health
 from common.metrics import RouterMetrics
+from common.tls import tls_of
 from common.tokenization import Tokenizer
 from pdserve.v1 import router_pb2_grpc
 from router.directory import LookUp, look_up
@@ -56,6 +57,7 @@ class Router:
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             resolve_s=config.resolve_s,
             look_up=look_up,
+            tls=tls_of(config),
             on_change=self._workers_changed,
             clock=clock,
         )
