@@ -232,7 +232,8 @@ class RequestQueue:
                 f"{self.num_tokens} prompt tokens are queued and the next request has {request.num_prompt_tokens} "
                 f"(max_queue_tokens = {self._max_tokens})"
             )
-        retry_s = self.rate.wait_s(0, now_s) or 1.0
+        # Clients take turns, so a place of one comes free once in a round.
+        retry_s = self.rate.wait_s(max(0, len(self._lines) - 1), now_s) or 1.0
         return ResourceExhausted(full, retry_after_s=min(max(retry_s, MIN_RETRY_S), MAX_RETRY_S), reason="QUEUE_FULL")
 
     def _lateness(self, ticket: Ticket, num_ahead: int, now_s: float) -> PdserveError | None:

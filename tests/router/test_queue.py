@@ -68,6 +68,17 @@ def test_the_delay_to_retry_follows_the_measured_rate(clock):
     assert caught.value.retry_after_s == pytest.approx(4.0, rel=0.2)
 
 
+def test_where_clients_take_turns_a_place_of_each_comes_free_once_in_a_round(clock):
+    queue = _queue(clock, max_requests=ENOUGH + 1)
+    _serve(queue, clock, ENOUGH, every_s=4.0)
+    for place in range(ENOUGH):
+        queue.join(request(f"more {place}", client=f"{place % 5}"))
+    with pytest.raises(ResourceExhausted) as caught:
+        queue.join(request("one too many", client="0"))
+    # Those five, and the one whose requests were served.
+    assert caught.value.retry_after_s == pytest.approx(6 * 4.0, rel=0.2)
+
+
 def test_room_comes_back_when_a_ticket_is_taken_or_leaves(clock):
     queue = _queue(clock, max_requests=1, max_tokens=10)
     for end in (queue.take, queue.leave):
