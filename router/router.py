@@ -104,6 +104,7 @@ class Router:
     def _mirror_in_metrics(self) -> None:
         self.metrics.queue_requests.set_function(lambda: len(self._queue))
         self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+        self.metrics.queue_clients.set_function(lambda: self._queue.num_clients)
         self.metrics.held_requests.set_function(lambda: self._dispatcher.num_held)
         self.metrics.degraded.set_function(lambda: self.fleet.is_degraded)
         for role, state in itertools.product(Role, WorkerState):
