@@ -129,13 +129,17 @@ class Fuzzed:
             credentials = Credentials(welcome.token, identity.boot_id, welcome.boot_id)
             await asyncio.to_thread(authenticate, group, PREFILL_RANK, credentials, timeout_s=HANG_S)
             block_bytes = decode.worker.engine._cache.block_bytes
-            sequence_number = 0
+            sequence_number, pays = 0, draw.random() < 0.8
             while num_said < most:
                 message = fuzzing.header(draw, keys, sequence_number, block_bytes=block_bytes)
-                await call.write(fuzzing.spoilt(draw, message.SerializeToString(), 0.02))
+                raw = message.SerializeToString()
+                told = fuzzing.spoilt(draw, raw, 0.02)
+                await call.write(told)
                 num_said += 1
                 sequence_number += message.HasField("announcement")
-                if message.HasField("announcement") and message.announcement.num_bytes < 2**20 and draw.random() < 0.7:
+                # Every payload as it was announced or none any more: a larger one ends the process, inside gloo.
+                pays = pays and told == raw
+                if pays and message.HasField("announcement") and message.announcement.num_bytes < 2**20:
                     with contextlib.suppress(PairBroken):
                         group.send(group.send_buffer(message.announcement.num_bytes))
             await call.done_writing()
