@@ -1,14 +1,14 @@
 """Goodput and time to the first token at up to three times the capacity, through all three services.
 
 Requests come as they please (Poisson), whether the others were answered or not, and each has a deadline. Goodput is the
-output of those that ended within it. Every load is measured in several rounds, in turn with the others.
+output of those that ended within it. Every load is measured in several rounds, in turn with
+the others, and each round measures the capacity anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import itertools
 import random
 import statistics
 import sys
@@ -156,31 +156,42 @@ async def capacity(load: Load) -> float:
 
 
 class Measured(NamedTuple):
-    """The capacity in requests per second, the deadline that goes with it, and what becomes of multiples of it."""
+    """The capacity in requests per second, round by round, and what becomes of multiples of it."""
 
-    rate: float
-    deadline_s: float
+    rates: list[float]
     points: dict[float, Point]
+
+    @property
+    def rate(self) -> float:
+        return statistics.mean(self.rates)
+
+    @property
+    def deadline_s(self) -> float:
+        """On average."""
+        return statistics.mean(DEADLINE_IN_SERVICES * MAX_NUM_SEQS / rate for rate in self.rates)
 
 
 async def measure(address: str, rounds: int) -> Measured:
     points = {times: Point() for times in LOADS}
+    rates = []
     async with rpc.connect(address) as channel:
         load = Load(router_pb2_grpc.RouterServiceStub(channel), seed=1)
-        rate = await capacity(load)
-        load.deadline_s = DEADLINE_IN_SERVICES * MAX_NUM_SEQS / rate
-        print(f"  {rate:.1f} requests/s, {rate * OUTPUT_TOKENS:.0f} tokens/s, {load.deadline_s:.1f} s each", flush=True)
-        for number, times in itertools.product(range(rounds), LOADS):
+        for number in range(rounds):
+            load.deadline_s = PATIENCE_S
+            rate = await capacity(load)
+            rates.append(rate)
+            load.deadline_s = DEADLINE_IN_SERVICES * MAX_NUM_SEQS / rate
+            print(f"  {rate:.1f} requests/s, {rate * OUTPUT_TOKENS:.0f} tokens/s, {load.deadline_s:.1f} s", flush=True)
             # Every other round goes down, so that a machine that slows down does so for all.
-            times = LOADS[-1 - LOADS.index(times)] if number % 2 else times
-            begun_s = time.monotonic()
-            points[times].add(await load.at_rate(times * rate, WARM_S + MEASURE_S), begun_s)
-            print(f"  round {number + 1}, {times} x: {points[times].goodputs[-1]:.0f} tokens/s in time", flush=True)
-    return Measured(rate, load.deadline_s, points)
+            for times in LOADS if number % 2 == 0 else reversed(LOADS):
+                begun_s = time.monotonic()
+                points[times].add(await load.at_rate(times * rate, WARM_S + MEASURE_S), begun_s)
+                print(f"  round {number + 1}, {times} x: {points[times].goodputs[-1]:.0f} tokens/s in time", flush=True)
+    return Measured(rates, points)
 
 
 def plot(path: str, measured: Measured) -> None:
-    rate, deadline_s, points = measured
+    rate, points = measured.rate, measured.points
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -197,7 +208,7 @@ def plot(path: str, measured: Measured) -> None:
         below.plot(
             loads, [point.first_token_ms[place] for point in points.values()], "o-", label=f"first token, {name}"
         )
-    below.axhline(deadline_s * 1e3, linestyle="--", color="gray", label="deadline of the whole request")
+    below.axhline(measured.deadline_s * 1e3, linestyle="--", color="gray", label="deadline of the whole request")
     below.set_ylabel("ms, of what is admitted")
     below.set_ylim(bottom=0)
     below.set_xlabel("load, in multiples of the capacity")
@@ -212,7 +223,7 @@ def run(rounds: int) -> None:
     decode = [*workers, "--max-num-seqs", str(MAX_NUM_SEQS)]
     with running_services(prefill_args=workers, decode_args=decode, router_args=["--no-access-log"]) as services:
         measured = uvloop.run(measure(services.router.address, rounds))
-    rate, deadline_s, points = measured
+    rate, points = measured.rate, measured.points
     peak = max(point.goodput for point in points.values())
     for times, point in points.items():
         report.add(
@@ -221,17 +232,17 @@ def run(rounds: int) -> None:
             target=f">= {TARGET}" if times == LOADS[-1] else "",
             **point.row(),
         )
+    in_rounds = {"capacity": [rate * OUTPUT_TOKENS for rate in measured.rates]}
+    in_rounds |= {f"{times:g} x": point.goodputs for times, point in points.items()}
     report.notes = [
-        f"Capacity: {rate:.1f} requests/s, what {NUM_CLIENTS} clients get that ask again as soon as they are answered. "
-        f"Prompts of {PROMPT_TOKENS} tokens, {OUTPUT_TOKENS} tokens out, {deadline_s:.1f} s for the whole request, "
-        f"which is {DEADLINE_IN_SERVICES} times what one takes in a full batch of {MAX_NUM_SEQS}. "
-        f"{rounds} rounds of {MEASURE_S:g} s for each load, in turn, each after {WARM_S:g} s that do not count. "
-        "Services and client share the cores.",
+        f"Capacity: {rate:.1f} requests/s, what {NUM_CLIENTS} clients get that ask again as soon as they are answered, "
+        f"measured anew in each round. Prompts of {PROMPT_TOKENS} tokens, {OUTPUT_TOKENS} tokens out, "
+        f"{measured.deadline_s:.1f} s for the whole request, which is {DEADLINE_IN_SERVICES} times what one takes in a "
+        f"full batch of {MAX_NUM_SEQS}. {rounds} rounds of {MEASURE_S:g} s for each load, in turn, each after "
+        f"{WARM_S:g} s that do not count. Services and client share the cores.",
         "",
-        "Tokens per second in time, round by round: "
-        + "; ".join(
-            f"{times:g} x " + ", ".join(f"{one:.0f}" for one in point.goodputs) for times, point in points.items()
-        )
+        "Tokens per second, round by round (those of the loads in time): "
+        + "; ".join(f"{name} {', '.join(f'{one:.0f}' for one in values)}" for name, values in in_rounds.items())
         + ".",
     ]
     plot(str(report.path("png")), measured)
