@@ -117,6 +117,7 @@ class Fuzzed:
         call = decode.raw("/pdserve.v1.DecodeService/ConnectPair")(timeout=HANG_S)
         joining = GlooJoining(PREFILL_RANK, interface="127.0.0.1", timeout_s=HANG_S)
         group: GlooGroup | None = None
+        reader: asyncio.Task[None] | None = None
         num_said = 0
         try:
             boot_id = f"boot-{self.num_pairs}"
@@ -125,6 +126,8 @@ class Fuzzed:
             await call.write(wire.request_to_proto(hello).SerializeToString())
             welcome = wire.response_from_proto(decode_pb2.ConnectPairResponse.FromString(await call.read()))
             assert isinstance(welcome, PairWelcome)
+            # As prefill does. A call whose write fails while nobody reads keeps a task of gRPC's until its deadline.
+            reader = asyncio.create_task(_read_to_the_end(call))
             group = await joining.connect(welcome.rendezvous)
             credentials = Credentials(welcome.token, identity.boot_id, welcome.boot_id)
             await asyncio.to_thread(authenticate, group, PREFILL_RANK, credentials, timeout_s=HANG_S)
@@ -149,11 +152,19 @@ class Fuzzed:
         finally:
             call.cancel()
             joining.cancel()
+            if reader is not None:
+                await reader
             if group is not None:
                 await asyncio.to_thread(group.close)
                 group.release()
         self.num_headers += num_said
         return num_said
+
+
+async def _read_to_the_end(call: grpc.aio.StreamStreamCall) -> None:
+    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
 
 
 def footprint() -> dict[str, float]:
