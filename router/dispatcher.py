@@ -13,10 +13,10 @@ from common.metrics import RouterMetrics
 from router.failures import Failures
 from router.fleet import Fleet
 from router.hold import Hold
-from router.placement import Choice, Demand, choose_decode, remember
+from router.placement import Choice, DecodeTerms, Demand, choose_decode, remember
 from router.queue import RequestQueue, Ticket
 from router.request import Request
-from router.workers import Identity, Share, Worker
+from router.workers import Identity, Role, Share, Worker
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,8 @@ class Dispatcher:
         return None if choice is None else self._take(choice, demand)
 
     def _choose(self, demand: Demand, **options: Any) -> Choice | None:
-        return choose_decode(self._fleet.decode, demand, prefill_kinds=self._fleet.prefill_kinds, **options)
+        terms = DecodeTerms(self._fleet.prefill_kinds, **options)
+        return choose_decode(self._fleet.ranking[Role.DECODE], demand, terms)
 
     def _note_hold(self) -> None:
         """Is it the end of pressure that whoever is next waits for? Then there is a worker that has room."""

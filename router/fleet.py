@@ -19,10 +19,11 @@ from common.errors import PdserveError
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from router.directory import Directory, LookUp, look_up
 from router.failures import DRAINING, HANDED_OVER
-from router.placement import Kind, usable_workers
+from router.placement import usable_workers
+from router.ranking import Ranking
 from router.subset import SubsetSize, subset
 from router.watch import Watch
-from router.workers import Role, Worker, WorkerState
+from router.workers import Kind, Role, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,8 @@ class Fleet:
         self._directories = {Role.PREFILL: Directory(prefill, look_up), Role.DECODE: Directory(decode, look_up)}
         # By address.
         self._members: dict[Role, dict[str, Worker]] = {Role.PREFILL: {}, Role.DECODE: {}}
+        # What placement chooses from.
+        self.ranking = {role: Ranking() for role in Role}
         self._watches: dict[Worker, Watch] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -193,6 +196,7 @@ class Fleet:
 
     def _join(self, worker: Worker, min_interval_s: float) -> None:
         worker.on_room = self._on_change
+        self.ranking[worker.role].add(worker)
         self._members[worker.role][worker.address] = worker
         self._watches[worker] = Watch(
             worker,
@@ -204,6 +208,7 @@ class Fleet:
 
     def _leave(self, worker: Worker) -> None:
         log.info("worker has left", extra=_about(worker))
+        self.ranking[worker.role].remove(worker)
         del self._members[worker.role][worker.address]
         closing = asyncio.create_task(self._watches.pop(worker).close())
         self._closing.add(closing)

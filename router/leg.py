@@ -35,9 +35,10 @@ from router.inbox import Inbox
 from router.output import Ending, Output
 from router.parts import Parts
 from router.path import PathRecord
-from router.placement import Demand, choose_prefill, remember, usable_workers
+from router.placement import Demand, PrefillTerms, choose_prefill, remember
 from router.prefill_call import prefill
 from router.request import Request
+from router.workers import Role
 
 log = logging.getLogger(__name__)
 
@@ -170,9 +171,8 @@ class Leg:
             self._path.begin_attempt("")
             return
         demand = self._current_demand()
-        choice = choose_prefill(
-            self._fleet.prefill, demand, kind=self.identity.kind, avoid=self._failures.prefill_workers
-        )
+        terms = PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
+        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], demand, terms)
         if choice is None:
             self._retry(reserved.attempt)
             return
@@ -243,7 +243,7 @@ class Leg:
 
     @property
     def _has_no_prefill_worker(self) -> bool:
-        return not usable_workers(self._fleet.prefill, self.identity.kind)
+        return self.identity.kind not in self._fleet.ranking[Role.PREFILL].kinds
 
     def _left_s(self) -> float:
         left_s = self._request.deadline_s - self._clock()
