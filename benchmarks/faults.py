@@ -252,6 +252,7 @@ def main(words: Sequence[str]) -> int:
                 num_routers=2,
                 worker_args=WORKER_ARGS,
                 decode_args=("--max-num-seqs", str(NUM_PLACES)),
+                router_args=("--local-prefill", "never"),
                 hosts=hosts,
             )
         )

@@ -32,6 +32,7 @@ class Placement(NamedTuple):
     identity: Identity
     share: Share
     demand: Demand
+    num_cached_blocks: int
 
 
 class _Waiting(NamedTuple):
@@ -69,7 +70,7 @@ class Dispatcher:
         """
         if not self._fleet.can_serve:
             raise self._nobody_serves()
-        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)
+        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt, request_id=request.request_id)
         if not len(self.queue) and (placement := self._place_now(demand)):
             return placement
         ticket = self.queue.join(request)
@@ -159,7 +160,7 @@ class Dispatcher:
         assert identity is not None, "a serving worker has been met"
         num_blocks = demand.num_blocks(identity) - choice.num_cached_blocks
         share = choice.worker.take(num_blocks=num_blocks)
-        return Placement(choice.worker, choice.worker.generation, identity, share, demand)
+        return Placement(choice.worker, choice.worker.generation, identity, share, demand, choice.num_cached_blocks)
 
     def _arm(self) -> None:
         if self._sweep is None and len(self.queue):

@@ -5,7 +5,8 @@
                  │                     ▼                          ▼
                  └───────────────── retry(n) ◀──────────── prefill_needed(n)
 
-Without a prefill worker, open and retry ask decode to compute the prompt itself.
+Open and retry ask decode to compute the prompt itself where that is better (`router.local_prefill`), or where no
+prefill worker is alive.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from router.decode_stream import (
 from router.dispatcher import Placement
 from router.failures import Failures
 from router.inbox import Inbox
+from router.local_prefill import Prospect
 from router.output import Ending, Output
 from router.parts import Parts
 from router.path import PathRecord
-from router.placement import Demand, PrefillTerms, choose_prefill, remember
+from router.placement import Choice, Demand, PrefillTerms, choose_prefill, remember
 from router.prefill_call import prefill
 from router.request import Request
 from router.workers import Role
@@ -74,7 +76,14 @@ class Leg:
         self._clock = parts.clock
         self._inbox: Inbox[Event | PrefillFailed] = Inbox()
         self._state = State.ASKED
-        self._is_local = self._has_no_prefill_worker
+        self._num_cached_blocks = placement.num_cached_blocks
+        self._local_prefill = parts.local_prefill
+        # When decode was asked for the attempt at hand, where its prompt is computed, and by what that was decided.
+        self._asked_s = 0.0
+        self._prospect = self._look_ahead()
+        self._is_local = self._choose_way()
+        # For blocks, of the time since then.
+        self._queue_s = 0.0
         # The last attempt that decode was asked to give up.
         self._retried = 0
         self._attempt: Attempt | None = None
@@ -91,6 +100,7 @@ class Leg:
                 model_fingerprint=self.identity.model_fingerprint,
                 local_prefill=self._is_local,
             )
+            self._asked_s = self._clock()
             stub = self._fleet.decode_stub(self._worker)
             self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._deliver)
             resources.callback(self._stream.close)
@@ -115,6 +125,8 @@ class Leg:
         for event in await self._inbox.take():
             match event:
                 case Chunk(token_ids, logprobs, prompt_logprobs):
+                    if self._state is State.FILLING:
+                        self._note_first_token()
                     self._state = State.RUNNING
                     self._failures.progressed()
                     self._output.push(token_ids, logprobs, prompt_logprobs)
@@ -127,6 +139,7 @@ class Leg:
                 case StreamLost(error):
                     raise error
                 case DecodeCompletion():
+                    self._note_local_prefill(event)
                     return event
         if self._output.stop_string is not None and not self._is_finishing:
             self._is_finishing = True
@@ -165,6 +178,7 @@ class Leg:
     def _begin_attempt(self, reserved: Reserved) -> None:
         self._state = State.FILLING
         self._share.counted()
+        self._queue_s = reserved.queue_ms / 1e3
         self._path.queue_ms += reserved.queue_ms
         self._output.go_on()
         if self._is_local:
@@ -176,6 +190,7 @@ class Leg:
         if choice is None:
             self._retry(reserved.attempt)
             return
+        self._prospect = self._prospect_at(choice)
         log.debug("prefill goes to %s", choice)
         remember(choice, demand)
         self._path.begin_attempt(choice.worker.instance_id)
@@ -224,7 +239,9 @@ class Leg:
         self._state = State.ASKED
         # Decode heeds the first retry of an attempt alone, so a second one must ask for the same.
         if attempt != self._retried:
-            self._retried, self._is_local = attempt, self._has_no_prefill_worker
+            self._retried, self._prospect = attempt, self._look_ahead()
+            self._is_local = self._choose_way()
+            self._asked_s = self._clock()
         self._stream.retry(attempt, local_prefill=self._is_local)
 
     def _end_attempt(self) -> None:
@@ -238,12 +255,48 @@ class Leg:
         """The prompt, and on a resumption the output so far."""
         prompt, output = self._request.prompt_token_ids, self._output.token_ids
         if len(self._demand.token_ids) != len(prompt) + len(output):
-            self._demand = Demand([*prompt, *output], cache_salt=self._request.cache_salt)
+            self._demand = Demand(
+                [*prompt, *output], cache_salt=self._request.cache_salt, request_id=self._request.request_id
+            )
         return self._demand
 
-    @property
-    def _has_no_prefill_worker(self) -> bool:
-        return self.identity.kind not in self._fleet.ranking[Role.PREFILL].kinds
+    def _look_ahead(self) -> Prospect | None:
+        """What is known of computing the prompt; None: no prefill worker is alive."""
+        terms = PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
+        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], self._current_demand(), terms)
+        return None if choice is None else self._prospect_at(choice)
+
+    def _prospect_at(self, choice: Choice) -> Prospect:
+        """With that prefill worker."""
+        demand, worker = self._current_demand(), choice.worker
+        # Prompt log-probabilities are of positions that have to be computed, wherever.
+        is_read = self._request.num_prompt_logprobs is None
+        return Prospect(
+            kind=self.identity.kind,
+            num_local_tokens=demand.num_uncached_tokens(self._worker, self._num_cached_blocks * is_read),
+            num_remote_tokens=demand.num_uncached_tokens(worker, choice.num_cached_blocks * is_read),
+            num_running=self._worker.load.num_running,
+            remote_wait_ms=worker.pace * worker.work,
+        )
+
+    def _choose_way(self) -> bool:
+        """Whether decode is to compute the prompt."""
+        way = self._local_prefill.choose(self._prospect)
+        log.debug("the prompt's KV is computed %s", way)
+        self._metrics.prefill_ways.labels(way=way.name, reason=way.reason.value).inc()
+        if way.crossover_tokens is not None:
+            self._metrics.local_crossover_tokens.set(way.crossover_tokens)
+        return way.is_local
+
+    def _note_first_token(self) -> None:
+        if self._prospect is not None:
+            seconds = max(0.0, self._clock() - self._asked_s - self._queue_s)
+            self._local_prefill.first_token(self._prospect, is_local=self._is_local, seconds=seconds)
+
+    def _note_local_prefill(self, completion: DecodeCompletion) -> None:
+        if completion.local_prefill_ms and self._prospect is not None:
+            num_tokens = self._prospect.num_local_tokens
+            self._local_prefill.computed(self.identity.kind, num_tokens, completion.local_prefill_ms)
 
     def _left_s(self) -> float:
         left_s = self._request.deadline_s - self._clock()

@@ -9,12 +9,14 @@ from common.metrics import RouterMetrics
 from common.tokenization import Tokenizer
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
+from router.local_prefill import LocalPrefill
 from router.pacer import Pacer
 
 
 class Parts(NamedTuple):
     fleet: Fleet
     dispatcher: Dispatcher
+    local_prefill: LocalPrefill
     pacer: Pacer
     # None: token ids alone go in and out.
     tokenizer: Tokenizer | None

@@ -22,6 +22,7 @@ from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
 from router.fleet import Fleet
 from router.in_flight import InFlight
+from router.local_prefill import LocalPrefill, Mode
 from router.pacer import Pacer
 from router.parts import Parts
 from router.queue import RequestQueue
@@ -64,7 +65,8 @@ class Router:
         )
         self._dispatcher = Dispatcher(self._queue, self.fleet, self.metrics, clock)
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
-        self.parts = Parts(self.fleet, self._dispatcher, Pacer(), tokenizer, self.metrics, clock)
+        local_prefill = LocalPrefill(Mode(config.local_prefill), clock)
+        self.parts = Parts(self.fleet, self._dispatcher, local_prefill, Pacer(), tokenizer, self.metrics, clock)
         self._servicer = RouterServicer(config, self.parts, self._in_flight)
         self._mirror_in_metrics()
 
