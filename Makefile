@@ -19,7 +19,7 @@ INSTALLED := .venv/.installed
 export PREFILL DECODE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak check protos protos-accept docs
+.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ faults: install ## every fault in every phase at every role, and what was promis
 
 soak: install ## mixed traffic with random faults, for so many minutes (MINUTES=5)
 	$(BIN)/python -u -m benchmarks.soak $(MINUTES)
+
+fuzz: install ## ten thousand random requests and as many random headers, and what stays behind
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check atheris || echo "no atheris for this Python: nothing will be fuzzed by coverage"
+	$(BIN)/python -u -m benchmarks.fuzz $(ARGS)
 
 check: install ## lint, format, types, import rules, and the contract against the accepted one
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from benchmarks.shapes import PIPELINE_SHAPES, SHAPES
 
-ON_CPU = ("versus_transformers", "handover", "kv_transport", "router_cost", "placement", "memory_growth")
+ON_CPU = ("versus_transformers", "handover", "kv_transport", "router_cost", "placement", "memory_growth", "overload")
 ON_GPU = (
     "decode_step",
     "prefill",

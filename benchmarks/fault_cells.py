@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.support.control_link import Fault
 from tests.support.processes import Service
 
 # How long a detection may take.
@@ -27,7 +28,8 @@ def cells(*, has_network: bool) -> list[Cell]:
     faults = ["kill", "restart", "stop", *(("cut", "reset") if has_network else ())]
     ours = itertools.product(faults, PHASES, ("prefill", "decode", "router"))
     clients = itertools.product(("leave", "slow"), PHASES, ("client",))
-    return [Cell(*one) for one in (*ours, *clients)]
+    messages = [(fault.value, "prefilling", "pair") for fault in Fault]
+    return [Cell(*one) for one in (*ours, *clients, *messages)]
 
 
 def blows(fault: str, victim: Service) -> tuple[Callable[[], None], Callable[[], None]]:

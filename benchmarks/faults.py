@@ -25,6 +25,7 @@ from benchmarks.fault_cells import DETECT_MS, Cell, blows, cells
 from benchmarks.report import Report
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from tests.support import network
+from tests.support.control_link import ControlLink, Fault, control_link
 from tests.support.processes import Cluster, Service, running_cluster
 from tests.support.streams import PROMPT, Stream, wait_until_free, wait_until_listed
 
@@ -68,8 +69,10 @@ class Following(threading.Thread):
 class Matrix:
     """The cluster, and what an undisturbed run puts out."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, link: ControlLink | None = None) -> None:
+        """`link` stands before the one decode worker, for faults of messages."""
         self.cluster = cluster
+        self._link = link
         self.expected = {prompt: self._start(0, prompt).read().token_ids for prompt in (PROMPT, LONG_PROMPT)}
 
     def run(self, cell: Cell) -> dict[str, object]:
@@ -152,6 +155,12 @@ class Matrix:
         self, cell: Cell, victim: Service | None, struck: Sequence[Stream]
     ) -> tuple[float | None, float | None]:
         """Strikes and heals; when it was noticed and when the victim served again, in ms from strike and healing."""
+        if self._link is not None:
+            fault = Fault(cell.fault)
+            dealt_before = self._link.dealt[fault]
+            self._link.arm(fault)
+            self._until(lambda: self._link.dealt[fault] > dealt_before)
+            return None, None
         if victim is None:
             if cell.fault == "leave":
                 for stream in struck:
@@ -235,6 +244,33 @@ class Matrix:
             time.sleep(0.005)
 
 
+@contextlib.contextmanager
+def started(*, num_decode: int = 2, hosts: Sequence[network.Host] = (), pair_endpoint: str = "") -> Iterator[Cluster]:
+    decode_args = ["--max-num-seqs", str(NUM_PLACES), *(("--pair-endpoint", pair_endpoint) if pair_endpoint else ())]
+    with running_cluster(
+        num_decode=num_decode,
+        num_routers=2,
+        worker_args=WORKER_ARGS,
+        decode_args=decode_args,
+        # A fault of prefill needs requests that are there.
+        router_args=["--local-prefill", "never"],
+        hosts=hosts,
+    ) as cluster:
+        yield cluster
+
+
+def run(matrix: Matrix, chosen: Sequence[Cell], report: Report) -> None:
+    cluster = matrix.cluster
+    for cell in chosen:
+        try:
+            report.add(**matrix.run(cell))
+        except (AssertionError, TimeoutError, grpc.RpcError) as error:
+            report.add(fault=cell.fault, phase=cell.phase, role=cell.role, violated=f"{type(error).__name__}: {error}")
+            for service in (*cluster.workers, *cluster.routers):
+                service.kill()
+            cluster.restore()
+
+
 def main(words: Sequence[str]) -> int:
     """Runs the cells that have every one of `words`, all when there are none; the exit code.
 
@@ -244,29 +280,17 @@ def main(words: Sequence[str]) -> int:
     obstacle = network.obstacle()
     if obstacle:
         report.notes.append(f"Without faults of the network: {obstacle}.")
-    chosen = [one for one in cells(has_network=not obstacle) if set(words) <= {one.fault, one.phase, one.role}]
-    with contextlib.ExitStack() as stack:
-        hosts = () if obstacle else stack.enter_context(network.private_network(6))
-        cluster = stack.enter_context(
-            running_cluster(
-                num_routers=2,
-                worker_args=WORKER_ARGS,
-                decode_args=("--max-num-seqs", str(NUM_PLACES)),
-                router_args=("--local-prefill", "never"),
-                hosts=hosts,
-            )
-        )
-        matrix = Matrix(cluster)
-        for cell in chosen:
-            try:
-                report.add(**matrix.run(cell))
-            except (AssertionError, TimeoutError, grpc.RpcError) as error:
-                report.add(
-                    fault=cell.fault, phase=cell.phase, role=cell.role, violated=f"{type(error).__name__}: {error}"
-                )
-                for service in (*cluster.workers, *cluster.routers):
-                    service.kill()
-                cluster.restore()
+    chosen = [one for one in cells(has_network=not obstacle) if set(words) <= {*one.fault.split(), one.phase, one.role}]
+    of_messages = [one for one in chosen if one.role == "pair"]
+    others = [one for one in chosen if one.role != "pair"]
+    if others:
+        with contextlib.ExitStack() as stack:
+            hosts = () if obstacle else stack.enter_context(network.private_network(6))
+            run(Matrix(stack.enter_context(started(hosts=hosts))), others, report)
+    if of_messages:
+        with control_link() as link, started(num_decode=1, pair_endpoint=link.address) as cluster:
+            link.target = cluster.decodes[0].address
+            run(Matrix(cluster, link), of_messages, report)
     num_violated = sum(row["violated"] != "nothing" for row in report.rows)
     print(f"{len(report.rows)} cells, {num_violated} with a violated promise.")
     _save(report, words)

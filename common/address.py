@@ -40,6 +40,11 @@ class Address(NamedTuple):
             return True
         return False
 
+    @property
+    def is_loopback(self) -> bool:
+        """Only this machine gets there; of names this is known of `localhost` alone."""
+        return self.host == "localhost" if self.is_name else ipaddress.ip_address(self.host).is_loopback
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 

@@ -6,6 +6,8 @@ import grpc.aio
 
 from common.clock import Clock
 from common.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument
+from common.identities import MAX_NAME_BYTES
+from common.params import MAX_CACHE_SALT_BYTES, MAX_LOGPROBS, MAX_REQUEST_ID_BYTES
 from common.sequence import Request, Sequence
 from common.wire import sampling_from_proto, stopping_from_proto
 from pdserve.v1 import decode_pb2, prefill_pb2, worker_pb2
@@ -31,6 +33,7 @@ def admit(
             field="model_fingerprint",
             reason="FINGERPRINT_MISMATCH",
         )
+    _check_limits(message)
     token_ids = tuple(message.token_ids.ids)
     _check_tokens(token_ids, message.num_prompt_tokens, identity)
     if not message.sampling.HasField("seed"):
@@ -56,6 +59,21 @@ def admit(
     )
     eos = () if stopping.ignore_eos else tuple(identity.eos_token_ids)
     return Sequence(request, frozenset((*stopping.stop_token_ids, *eos)))
+
+
+# A router binds a salt to the name of a caller.
+_MAX_SALT_BYTES = MAX_CACHE_SALT_BYTES + MAX_NAME_BYTES + len(f"{MAX_NAME_BYTES}:")
+
+
+def _check_limits(message: decode_pb2.Open | prefill_pb2.PrefillRequest) -> None:
+    """Those of GenerateRequest, which a router has seen to; but a worker takes nobody's word for it."""
+    limits = {"request_id": MAX_REQUEST_ID_BYTES, "cache_salt": _MAX_SALT_BYTES}
+    for field, limit in limits.items():
+        if len(getattr(message, field).encode()) > limit:
+            raise InvalidArgument(f"{field} must have at most {limit} bytes", field=field)
+    for field in ("num_logprobs", "num_prompt_logprobs"):
+        if getattr(message, field) > MAX_LOGPROBS:
+            raise InvalidArgument(f"{field} must be at most {MAX_LOGPROBS}, got {getattr(message, field)}", field=field)
 
 
 def _check_tokens(token_ids: tuple[int, ...], num_prompt_tokens: int, identity: worker_pb2.WorkerIdentity) -> None:

@@ -19,6 +19,7 @@ __all__ = ["ConfigError", "DecodeConfig", "PrefillConfig", "RouterConfig", "Serv
 TINY_MODEL = str(Path(__file__).resolve().parent.parent / "models" / "tiny")
 # Ways of KV from one worker to another, best first; `common.transport.transports` describes them.
 KV_TRANSPORTS = ("cuda-ipc", "nccl", "gloo")
+MAX_STAGING_CHUNKS = 1024
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -35,6 +36,20 @@ class ServiceConfig:
     health_listen: str = setting(
         "", "where health alone is served as well, for probes; empty: nowhere", form="listen or empty"
     )
+    tls_certificate: str = setting(
+        "", "PEM file of the certificate (and its chain) that this process shows; empty: gRPC is plaintext"
+    )
+    tls_key: str = setting("", "PEM file of the certificate's key, without a password")
+    tls_ca: str = setting("", "PEM file of the authorities whose certificates are believed")
+    tls_client_certificates: bool = setting(
+        True, "with TLS: only who shows a certificate of tls_ca gets through (mTLS)"
+    )
+    tls_server_name: str = setting(
+        "", "name that the certificates of those that are dialled are made out to; empty: the host that is dialled"
+    )
+    identities: str = setting(
+        "", "TOML file of who may call what, by token or certificate; empty: whoever reaches the port may call it"
+    )
     instance_id: str = setting(
         "", "stable name of this instance, unique in the cluster; empty: role-hostname-port of `listen`"
     )
@@ -43,9 +58,22 @@ class ServiceConfig:
 
     def __post_init__(self) -> None:
         validate(self)
+        self._check_tls()
         if not self.instance_id:
             name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
             object.__setattr__(self, "instance_id", name)
+
+    def _check_tls(self) -> None:
+        """All of it or none: half of it would leave some channel in plaintext that nobody thought of."""
+        files = {name: getattr(self, name) for name in ("tls_certificate", "tls_key", "tls_ca")}
+        given = [name for name, path in files.items() if path]
+        missing = [name for name, path in files.items() if not path]
+        if given and missing:
+            raise ConfigError(
+                f"{missing[0]}: expected a PEM file, since {given[0]} is set; TLS needs all of {', '.join(files)}"
+            )
+        if self.tls_server_name and not given:
+            raise ConfigError("tls_server_name: expected to be empty without TLS; set tls_certificate, tls_key, tls_ca")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +85,9 @@ class RouterConfig(ServiceConfig):
     listen: str = setting("127.0.0.1:50051", "where gRPC listens; port 0 takes any free one", form="listen")
     metrics_listen: str = setting(
         "127.0.0.1:9101", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
+    )
+    tls_client_certificates: bool = setting(
+        False, "with TLS: only who shows a certificate of tls_ca gets through (mTLS)"
     )
     reuse_port: bool = setting(False, "several routers of one machine share `listen`; give each its own instance_id")
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
@@ -145,7 +176,7 @@ class WorkerConfig(ServiceConfig):
         minimum=0,
         maximum=256 * 2**20,
     )
-    staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=1024)
+    staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=MAX_STAGING_CHUNKS)
 
     drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
 

@@ -11,6 +11,7 @@
     ├── Cancelled              the caller left
     ├── Aborted                a fenced attempt: a newer one exists
     ├── DataLoss               a checksum did not hold
+    ├── Unauthenticated        nobody knows who the caller is
     ├── PermissionDenied       the caller may not do this
     └── Internal               a bug, and only a bug
 
@@ -101,6 +102,11 @@ class Aborted(PdserveError):
 class DataLoss(PdserveError):
     code = grpc.StatusCode.DATA_LOSS
     default_reason = "CHECKSUM_MISMATCH"
+
+
+class Unauthenticated(PdserveError):
+    code = grpc.StatusCode.UNAUTHENTICATED
+    default_reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(PdserveError):

@@ -61,6 +61,10 @@ class RouterMetrics(Metrics):
         self.running_requests = new.gauge("running_requests", "Requests placed on workers.")
         self.queue_requests = new.gauge("queue_requests", "Requests waiting to be placed.")
         self.queue_tokens = new.gauge("queue_tokens", "Prompt tokens waiting to be placed.")
+        self.queue_clients = new.gauge("queue_clients", "Clients whose requests wait to be placed.")
+        self.turned_away = new.counter(
+            "turned_away", "Requests that the queue refused or gave up, by reason.", "reason"
+        )
         self.workers = new.gauge("workers", "Workers as this router sees them.", "role", "state")
         self.degraded = new.gauge("degraded", "1 while no prefill worker is alive: decode workers prefill locally.")
         self.prefill_ways = new.counter(

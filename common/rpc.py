@@ -19,10 +19,15 @@ import grpc.aio
 
 from common import errors
 from common.address import Address
+from common.identities import Gate
+from common.tls import Tls
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 * 2**20
+MAX_METADATA_BYTES = 8 * 2**10
+# A router has one connection to each worker.
+MAX_CALLS_PER_CONNECTION = 8192
 
 # Keepalive of 500 ms + 1000 ms: a machine whose cores are all taken for most of a second breaks no stream. Without
 # http2.ping_timeout_ms the server side still waits a minute; without the server's minimum ping interval, idle streams
@@ -49,30 +54,54 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *_BOTH_ENDS,
+    # Soft and hard limit of a call's metadata; beyond it gRPC answers RESOURCE_EXHAUSTED by itself.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
     ("grpc.http2.min_ping_interval_without_data_ms", 100),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
 ]
 
 
-def connect(target: str) -> grpc.aio.Channel:
-    """A plaintext channel to HOST:PORT. Connects on first use and again whenever the peer is back."""
-    return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+    """A channel to HOST:PORT, plaintext without `tls`. Connects on first use and again whenever the peer is back.
+
+    It keeps the certificates that it is made with.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+    options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if tls.server_name:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return grpc.aio.secure_channel(target, tls.channel_credentials(), options=options)
 
 
-def create_server(*, reuse_port: bool = False) -> grpc.aio.Server:
-    """A server whose handlers raise PdserveError. With `reuse_port` several processes may share one port."""
+def create_server(*, reuse_port: bool = False, gate: Gate | None = None) -> grpc.aio.Server:
+    """A server whose handlers raise PdserveError, and are called by whom `gate` lets in (None: anybody).
+
+    With `reuse_port` several processes may share one port.
+    """
     options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(reuse_port)}
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(options.items()))
+    return grpc.aio.server(interceptors=[GuardInterceptor(gate)], options=list(options.items()))
 
 
-def bind(server: grpc.aio.Server, address: str, *, reuse_port: bool = False) -> int:
-    """Makes `server` listen on HOST:PORT and returns the port (of interest when 0 was asked for).
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    reuse_port: bool = False,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
+    """Makes `server` listen on HOST:PORT and returns the port (of interest when 0 was asked for). Plaintext without
+    `credentials`.
 
     Raises OSError naming the address and the reason, such as "Address already in use".
     """
     Address.parse(address).check_free(reuse_port=reuse_port)
     try:
+        if credentials is not None:
+            return server.add_secure_port(address, credentials)
         return server.add_insecure_port(address)
     except RuntimeError as error:
         raise OSError(f"cannot listen on {address}: {error}") from error
@@ -97,8 +126,8 @@ def translate() -> Iterator[None]:
         raise errors.Cancelled("the other side cancelled the call") from error
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Gives every failure of a handler the status it deserves; UNKNOWN is never one.
+class GuardInterceptor(grpc.aio.ServerInterceptor):
+    """Lets the gate have its say, and gives every failure of a handler the status it deserves; UNKNOWN is never one.
 
     PdserveError: its own status and details; a task group's error counts as the first one in it. A request that does
     not parse: INVALID_ARGUMENT. Anything else is a bug: INTERNAL, and the traceback is logged. Responses of an async
@@ -106,16 +135,19 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     call is over.
     """
 
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate = gate
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
-        return None if handler is None else _guard(handler, handler_call_details.method)
+        return None if handler is None else _guard(handler, handler_call_details.method, self._gate)
 
 
-def _guard(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+def _guard(handler: grpc.RpcMethodHandler, method: str, gate: Gate | None) -> grpc.RpcMethodHandler:
     behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
     serialize = handler.response_serializer
 
@@ -133,10 +165,14 @@ def _guard(handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler
 
     async def respond(received: Any, context: grpc.aio.ServicerContext) -> bytes:
         async with _failures_become_statuses(method, context):
+            if gate is not None:
+                gate.admit(method, context)
             return serialize(await behavior(request_of(received), context))
 
     async def respond_stream(received: Any, context: grpc.aio.ServicerContext) -> None:
         async with _failures_become_statuses(method, context):
+            if gate is not None:
+                gate.admit(method, context)
             if not inspect.isasyncgenfunction(behavior):
                 await behavior(request_of(received), context)
                 return

@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 import uvloop
 from grpc_health.v1 import health_pb2
@@ -22,7 +23,9 @@ from grpc_reflection.v1alpha import reflection
 from common import logs, rpc
 from common.config import ConfigError, ServiceConfig, load
 from common.health import Health
+from common.identities import Gate, gate_of
 from common.metrics import Metrics, exposed
+from common.tls import server_credentials_of
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +71,16 @@ async def serve(
         names = [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
         reflection.enable_server_reflection(names, server)
 
+    credentials = server_credentials_of(config)
+    gate = gate_of(config)
     with _stop_signals() as signals:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 stack.enter_context(exposed(metrics, config.metrics_listen))
                 share = getattr(config, "reuse_port", False)
-                port = await stack.enter_async_context(_listening(config.listen, add_all, reuse_port=share))
+                port = await stack.enter_async_context(
+                    _listening(config.listen, add_all, reuse_port=share, credentials=credentials, gate=gate)
+                )
                 if config.health_listen:
                     await stack.enter_async_context(_listening(config.health_listen, health.add_to))
             except OSError as error:
@@ -90,11 +97,16 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def _listening(
-    address: str, add: Callable[[grpc.aio.Server], None], *, reuse_port: bool = False
+    address: str,
+    add: Callable[[grpc.aio.Server], None],
+    *,
+    reuse_port: bool = False,
+    credentials: grpc.ServerCredentials | None = None,
+    gate: Gate | None = None,
 ) -> AsyncIterator[int]:
-    server = rpc.create_server(reuse_port=reuse_port)
+    server = rpc.create_server(reuse_port=reuse_port, gate=gate)
     add(server)
-    port = rpc.bind(server, address, reuse_port=reuse_port)
+    port = rpc.bind(server, address, reuse_port=reuse_port, credentials=credentials)
     await server.start()
     try:
         yield port

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import uuid
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import grpc.aio
 
 from common.clock import Clock
-from common.errors import Internal, PdserveError, Unavailable
+from common.errors import Internal, InvalidArgument, PdserveError, Unavailable
 from common.health import Health
 from common.load import Load
 from common.metrics import WorkerMetrics
@@ -37,8 +38,15 @@ def new_boot_id() -> str:
 
 
 def told_every_s(request: worker_pb2.WatchLoadRequest) -> float:
-    """How often load that changes fast is told to this watcher."""
+    """How often load that changes fast is told to this watcher. Raises InvalidArgument."""
+    _check_time("min_interval_s", request.min_interval_s)
     return min(max(request.min_interval_s, MIN_INTERVAL_S), HEARTBEAT_S)
+
+
+def _check_time(field: str, seconds: float) -> None:
+    """NaN would get into the event loop's heap of timers, and nothing there would be in order any more."""
+    if not 0 <= seconds < math.inf:
+        raise InvalidArgument(f"{field} must be finite and at least 0, got {seconds}", field=field)
 
 
 class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
@@ -148,6 +156,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def Drain(
         self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[worker_pb2.DrainResponse]:
+        _check_time("deadline_s", request.deadline_s)
         drained = self.start_drain(request.deadline_s if request.HasField("deadline_s") else None)
         while not drained.done():
             yield worker_pb2.DrainResponse(num_remaining=len(self._calls))

@@ -65,6 +65,7 @@ class DecodeEngine(EngineLoop):
         self._cache = cache
         self._writer = KvWriter(cache)
         self._num_layers = config.num_layers
+        self._vocab_size = config.vocab_size
         self._clock = clock
         self._outbox: Outbox[Sequence, Event] = Outbox(
             on_events, interval_s=stream_interval_s, rate=stream_messages_per_s, clock=clock
@@ -386,7 +387,9 @@ class DecodeEngine(EngineLoop):
 
     def _begin(self, pair_id: int, key: AttemptKey) -> None:
         reservation = self.scheduler.reservations.get(key.reservation)
-        if reservation is None or reservation.judge_key(key)[0] is not TransferStatus.OK:
+        is_open = reservation is not None and reservation.judge_key(key)[0] is TransferStatus.OK
+        # An attempt belongs to the pair that began it.
+        if reservation is None or not is_open or reservation.pair_id is not None:
             self.on_gone(pair_id, key)
         else:
             reservation.pair_id = pair_id
@@ -395,7 +398,7 @@ class DecodeEngine(EngineLoop):
     def _write(self, pair_id: int, header: ChunkHeader, payload: torch.Tensor, done: Done) -> None:
         """The fence check and the scatter are one step of this thread: nothing can come between them."""
         reservation = self.scheduler.reservations.get(header.key.reservation)
-        status, detail = self._judge(header, reservation)
+        status, detail = self._judge(pair_id, header, reservation)
         still_read = None
         if reservation is not None and status is TransferStatus.OK:
             blocks = reservation.sequence.block_table[header.first_block : header.first_block + header.num_blocks]
@@ -405,10 +408,13 @@ class DecodeEngine(EngineLoop):
         self._metrics.kv_chunks.labels(status=status.name).inc()
         done(status, detail, still_read)
 
-    def _judge(self, header: ChunkHeader, reservation: Reservation | None) -> tuple[TransferStatus, str]:
+    def _judge(self, pair_id: int, header: ChunkHeader, reservation: Reservation | None) -> tuple[TransferStatus, str]:
         """May this chunk be written?"""
         if reservation is None:
             return TransferStatus.FENCED, f"reservation {header.key.reservation} is gone"
+        verdict = reservation.judge_pair(pair_id, header.key)
+        if verdict[0] is not TransferStatus.OK:
+            return verdict
         return reservation.judge_chunk(
             header,
             num_layers=self._num_layers,
@@ -421,9 +427,14 @@ class DecodeEngine(EngineLoop):
         if reservation is None:
             done(TransferStatus.FENCED, f"reservation {commit.key.reservation} is gone")
             return
-        status, detail = reservation.judge_commit(
-            commit, num_layers=self._num_layers, num_blocks=self.scheduler.num_prompt_blocks(reservation)
-        )
+        status, detail = reservation.judge_pair(pair_id, commit.key)
+        if status is TransferStatus.OK:
+            status, detail = reservation.judge_commit(
+                commit,
+                num_layers=self._num_layers,
+                num_blocks=self.scheduler.num_prompt_blocks(reservation),
+                vocab_size=self._vocab_size,
+            )
         done(status, detail)
         if status is TransferStatus.OK:
             self._writer.join()

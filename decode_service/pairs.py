@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -16,7 +17,15 @@ from common.transport.authentication import Credentials, new_token
 from common.transport.group import DECODE_RANK, MAX_RENDEZVOUS_BYTES, PairGroup
 from common.transport.limits import chunk_bytes
 from common.transport.meeting import Meeting
-from common.transport.messages import AttemptKey, FromDecode, PairHello, PairIdentity, PairWelcome
+from common.transport.messages import (
+    MAX_OFFERS,
+    MAX_WORD_BYTES,
+    AttemptKey,
+    FromDecode,
+    PairHello,
+    PairIdentity,
+    PairWelcome,
+)
 from common.transport.outbox import Outbox
 from common.transport.receiving import KvSink, ReceivingPair
 from common.transport.transports import Choice, Transports, name_of
@@ -189,6 +198,13 @@ class PairServer:
             raise InvalidArgument("the first request of a ConnectPair stream is `hello`", field="hello")
         if not hello.identity.worker or not hello.identity.boot_id:
             raise InvalidArgument("a hello names its worker and boot id", field="hello")
+        words = (*dataclasses.asdict(hello.identity).values(), *hello.transports)
+        if any(isinstance(word, str) and len(word.encode()) > MAX_WORD_BYTES for word in words):
+            raise InvalidArgument(f"no word of a hello has more than {MAX_WORD_BYTES} bytes", field="hello")
+        if len(hello.transports) > MAX_OFFERS:
+            raise InvalidArgument(
+                f"{len(hello.transports)} transports are offered, allowed are {MAX_OFFERS}", field="hello.transports"
+            )
         if not 0 < len(hello.rendezvous) <= MAX_RENDEZVOUS_BYTES:
             raise InvalidArgument(
                 f"{len(hello.rendezvous)} bytes of rendezvous, allowed are 1 to {MAX_RENDEZVOUS_BYTES}",

@@ -114,6 +114,13 @@ class Reservation:
         self.landed.clear()
         self.attempt_kv_bytes = 0
 
+    def judge_pair(self, pair_id: int, key: AttemptKey) -> tuple[TransferStatus, str]:
+        """May this attempt write, or commit, over that pair? It is the pair's that began it."""
+        verdict = self.judge_key(key)
+        if verdict[0] is TransferStatus.OK and self.pair_id != pair_id:
+            return TransferStatus.INVALID, f"attempt {key.attempt} was not begun on this pair"
+        return verdict
+
     def judge_key(self, key: AttemptKey) -> tuple[TransferStatus, str]:
         """May this attempt write, or commit?"""
         if self.state is State.FILLING and not self.local and key.attempt == self.attempt:
@@ -153,7 +160,9 @@ class Reservation:
         self.attempt_kv_bytes += header.num_bytes
         self.kv_bytes += header.num_bytes
 
-    def judge_commit(self, commit: Commit, *, num_layers: int, num_blocks: int) -> tuple[TransferStatus, str]:
+    def judge_commit(
+        self, commit: Commit, *, num_layers: int, num_blocks: int, vocab_size: int
+    ) -> tuple[TransferStatus, str]:
         """May this commit make the attempt live? Every block of every layer must have landed."""
         verdict = self.judge_key(commit.key)
         if verdict[0] is not TransferStatus.OK:
@@ -166,4 +175,11 @@ class Reservation:
                 f"{num_landed} of {due} layer blocks and {self.attempt_kv_bytes} of {commit.num_bytes} bytes "
                 "have landed",
             )
+        if commit.first_token_id >= vocab_size:
+            return (
+                TransferStatus.INVALID,
+                f"token {commit.first_token_id} is not below the vocabulary size {vocab_size}",
+            )
+        if len(commit.prompt_logprobs) >= self.sequence.num_tokens:
+            return TransferStatus.INVALID, f"{len(commit.prompt_logprobs)} log-probabilities are more than the prompt's"
         return verdict

@@ -3,6 +3,8 @@
 async with Client("127.0.0.1:50051") as client:
     async for event in client.generate("Once upon a time", max_tokens=64):
         ...
+
+What it shows and believes (TLS, a token) is an `Access`, taken from the environment when none is given.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Client(Connection):
         Raises:
             PdserveError: as the router says; InvalidArgument also for an option that its field cannot hold.
         """
-        call = self._stub.Generate(request_to_proto(prompt, options), timeout=timeout_s)
+        call = self._stub.Generate(request_to_proto(prompt, options), timeout=timeout_s, metadata=self._metadata)
         request_id, complete = "", False
         try:
             with self.failures():
@@ -64,8 +66,10 @@ class Client(Connection):
 
     async def get_model(self, *, timeout_s: float = LOOKUP_TIMEOUT_S) -> Model:
         with self.failures():
-            return model_from_proto(await self._stub.GetModel(router_pb2.GetModelRequest(), timeout=timeout_s))
+            request = router_pb2.GetModelRequest()
+            return model_from_proto(await self._stub.GetModel(request, timeout=timeout_s, metadata=self._metadata))
 
     async def list_workers(self, *, timeout_s: float = LOOKUP_TIMEOUT_S) -> Workers:
         with self.failures():
-            return workers_from_proto(await self._stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=timeout_s))
+            request = router_pb2.ListWorkersRequest()
+            return workers_from_proto(await self._stub.ListWorkers(request, timeout=timeout_s, metadata=self._metadata))

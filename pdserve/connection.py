@@ -13,18 +13,25 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common import errors, rpc
+from pdserve.access import Access
 
 RETRY_S = 0.1
 
 
 class Connection:
-    """A plaintext channel to HOST:PORT, open inside `async with`. Dials on the first call, and again after a loss."""
+    """A channel to HOST:PORT, open inside `async with`. Dials on the first call, and again after a loss."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, access: Access | None = None) -> None:
+        """`access`: what to show and believe; None: what the environment says (`Access.from_environment`).
+
+        Raises ConfigError for what cannot be used, or would send a token in plaintext.
+        """
         self.target = target
+        self._access = Access.from_environment() if access is None else access
+        self._metadata = self._access.metadata_for(target)
 
     async def __aenter__(self) -> Self:
-        self._channel = rpc.connect(self.target)
+        self._channel = rpc.connect(self.target, self._access.tls())
         return self
 
     async def __aexit__(
@@ -82,7 +89,8 @@ class Connection:
         if code is grpc.StatusCode.UNAVAILABLE and not _from_a_service(error):
             # gRPC wraps it: "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused".
             _, wrapped, last = details.rpartition("last error: ")
-            cause = last.rpartition(": ")[2] if wrapped else details
+            # … and a failed handshake ends with the outcome of something else, "OK".
+            cause = last.removesuffix(": OK").rpartition(": ")[2] if wrapped else details
             return errors.Unavailable(f"no connection to {self.target}: {cause}", reason="UNREACHABLE")
         return errors.from_rpc_error(error)
 

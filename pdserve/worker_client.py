@@ -32,9 +32,10 @@ class WorkerClient(Connection):
     async def get_pipeline_stats(self, *, timeout_s: float = LOOKUP_TIMEOUT_S) -> PipelineStats:
         """Decode workers alone. Raises FailedPrecondition for any other service."""
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel)
+        request = decode_pb2.GetPipelineStatsRequest()
         with self.failures():
-            request = decode_pb2.GetPipelineStatsRequest()
-            return pipeline_stats_from_proto(await stub.GetPipelineStats(request, timeout=timeout_s))
+            stats = await stub.GetPipelineStats(request, timeout=timeout_s, metadata=self._metadata)
+            return pipeline_stats_from_proto(stats)
 
     async def set_pipeline(
         self,
@@ -67,7 +68,8 @@ class WorkerClient(Connection):
                 raise errors.InvalidArgument(f"{mode!r}, not {names}", field="mode") from None
         stub = decode_pb2_grpc.DecodeServiceStub(self._channel)
         with self.failures():
-            return pipeline_stats_from_proto((await stub.SetPipeline(request, timeout=timeout_s)).stats)
+            response = await stub.SetPipeline(request, timeout=timeout_s, metadata=self._metadata)
+            return pipeline_stats_from_proto(response.stats)
 
     async def drain(self, deadline_s: float | None = None) -> AsyncGenerator[DrainProgress, None]:
         """Takes the worker out of service and follows until nothing is left.
@@ -80,7 +82,8 @@ class WorkerClient(Connection):
         """
         stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
         timeout_s = DRAIN_TIMEOUT_S if deadline_s is None else deadline_s + DRAIN_MARGIN_S
-        call = stub.Drain(worker_pb2.DrainRequest(deadline_s=deadline_s), timeout=timeout_s)
+        request = worker_pb2.DrainRequest(deadline_s=deadline_s)
+        call = stub.Drain(request, timeout=timeout_s, metadata=self._metadata)
         try:
             with self.failures():
                 async for message in call:

@@ -12,13 +12,21 @@ import grpc.aio
 
 from common import rpc
 from common.clock import Clock
-from common.config import PrefillConfig
+from common.config import MAX_STAGING_CHUNKS, PrefillConfig
 from common.errors import FailedPrecondition, Internal, InvalidArgument, PdserveError, Unavailable
+from common.tls import Tls
 from common.transport.authentication import Credentials
-from common.transport.group import PREFILL_RANK
+from common.transport.group import MAX_RENDEZVOUS_BYTES, PREFILL_RANK
 from common.transport.limits import chunk_bytes
 from common.transport.meeting import Meeting
-from common.transport.messages import FromPrefill, PairHello, PairIdentity, PairWelcome
+from common.transport.messages import (
+    MAX_TOKEN_BYTES,
+    MAX_WORD_BYTES,
+    FromPrefill,
+    PairHello,
+    PairIdentity,
+    PairWelcome,
+)
 from common.transport.outbox import Outbox
 from common.transport.sending import BlockSource, SendingPair
 from common.transport.transports import Transports, name_of
@@ -46,6 +54,7 @@ class Link:
         identity: PairIdentity,
         source: BlockSource,
         config: PrefillConfig,
+        tls: Tls | None,
         transports: Transports,
         clock: Clock,
     ) -> None:
@@ -56,6 +65,7 @@ class Link:
         self._identity = identity
         self._source = source
         self._config = config
+        self._tls = tls
         self._transports = transports
         self._clock = clock
         self.task = asyncio.create_task(self._run(), name=name)
@@ -74,7 +84,7 @@ class Link:
 
     async def _run(self) -> None:
         try:
-            async with rpc.connect(self.endpoint) as channel:
+            async with rpc.connect(self.endpoint, self._tls) as channel:
                 call = decode_pb2_grpc.DecodeServiceStub(channel).ConnectPair()
                 outbox: Outbox[FromPrefill] = Outbox()
                 async with asyncio.timeout(self._config.pair_connect_s):
@@ -158,6 +168,13 @@ class Link:
         welcome = None if response is grpc.aio.EOF else response_from_proto(response)
         if not isinstance(welcome, PairWelcome):
             raise Unavailable(f"decode worker {self.endpoint} did not answer a hello with a welcome")
+        if (
+            len(welcome.worker.encode()) > MAX_WORD_BYTES
+            or not 0 < len(welcome.token) <= MAX_TOKEN_BYTES
+            or not 0 < len(welcome.rendezvous) <= MAX_RENDEZVOUS_BYTES
+            or not 0 < welcome.num_credits <= MAX_STAGING_CHUNKS
+        ):
+            raise Unavailable(f"the welcome of decode worker {self.endpoint} is beyond the limits of one")
         return welcome
 
     async def _serve(self, call: Any, pair: SendingPair, outbox: Outbox[FromPrefill]) -> None:

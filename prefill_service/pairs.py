@@ -8,6 +8,7 @@ import functools
 from common.clock import Clock, monotonic
 from common.config import PrefillConfig
 from common.errors import Unavailable
+from common.tls import tls_of
 from common.transport.messages import PairIdentity
 from common.transport.sending import BlockSource, SendingPair
 from common.transport.transports import Transports
@@ -29,7 +30,13 @@ class PairRegistry:
         clock: Clock = monotonic,
     ) -> None:
         self._connect = functools.partial(
-            Link, identity=identity, source=source, config=config, transports=transports, clock=clock
+            Link,
+            identity=identity,
+            source=source,
+            config=config,
+            tls=tls_of(config),
+            transports=transports,
+            clock=clock,
         )
         self._num_made = 0
         self._links: dict[str, Link] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from common.clock import Clock
@@ -14,7 +14,7 @@ from router.failures import Failures
 from router.fleet import Fleet
 from router.hold import Hold
 from router.placement import Choice, DecodeTerms, Demand, choose_decode, remember
-from router.queue import RequestQueue, Ticket
+from router.queue import Dropped, RequestQueue, Ticket
 from router.request import Request
 from router.workers import Identity, Role, Share, Worker
 
@@ -72,8 +72,9 @@ class Dispatcher:
             raise self._nobody_serves()
         demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt, request_id=request.request_id)
         if not len(self.queue) and (placement := self._place_now(demand)):
+            self.queue.passed_by(request)
             return placement
-        ticket = self.queue.join(request)
+        ticket = self._join(request)
         waiting = self._waiting[ticket] = _Waiting(demand, asyncio.get_running_loop().create_future())
         held_before_s = self._hold.total_s
         self._arm()
@@ -133,6 +134,15 @@ class Dispatcher:
             waiting.placed.set_result(placement)
         self._note_hold()
 
+    def _join(self, request: Request) -> Ticket:
+        try:
+            ticket, displaced = self.queue.join(request)
+        except PdserveError as error:
+            self._metrics.turned_away.labels(reason=error.reason).inc()
+            raise
+        self._drop(displaced)
+        return ticket
+
     def _place_now(self, demand: Demand, exclude: Sequence[Worker] = (), *, anywhere: bool = False) -> Placement | None:
         choice = self._choose(demand, exclude=exclude, only_with_room=not anywhere, heed_pressure=not anywhere)
         return None if choice is None else self._take(choice, demand)
@@ -168,16 +178,20 @@ class Dispatcher:
 
     def _drop_late(self) -> None:
         self._sweep = None
-        for ticket, error in self.queue.drop_late():
-            self._fail(ticket, error)
+        self._drop(self.queue.drop_late())
         if self._is_stranded():
             for ticket in list(self.queue):
                 self._fail(ticket, self._nobody_serves())
         self._arm()
 
+    def _drop(self, dropped: Iterable[Dropped]) -> None:
+        for ticket, error in dropped:
+            self._fail(ticket, error)
+
     def _fail(self, ticket: Ticket, error: PdserveError) -> None:
         waiting = self._waiting[ticket]
         if not waiting.placed.done():
+            self._metrics.turned_away.labels(reason=error.reason).inc()
             waiting.placed.set_exception(error)
         self._forget(ticket)
 

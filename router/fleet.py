@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from common.clock import Clock, monotonic
 from common.errors import PdserveError
+from common.tls import Tls
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from router.directory import Directory, LookUp, look_up
 from router.failures import DRAINING, HANDED_OVER
@@ -60,6 +61,7 @@ class Fleet:
         resolve_s: float,
         on_change: Callable[[], None],
         look_up: LookUp = look_up,
+        tls: Tls | None = None,
         clock: Clock = monotonic,
     ) -> None:
         """`prefill` and `decode` are targets, HOST:PORT each; `name` is this router's. `on_change` is called whenever a
@@ -73,6 +75,7 @@ class Fleet:
         self.prefill_kinds: frozenset[Kind] = frozenset()
         self._was_degraded = False
         self._on_change = on_change
+        self._tls = tls
         self._clock = clock
         self._directories = {Role.PREFILL: Directory(prefill, look_up), Role.DECODE: Directory(decode, look_up)}
         # By address.
@@ -202,6 +205,7 @@ class Fleet:
             worker,
             heartbeat_timeout_s=self.heartbeat_timeout_s,
             min_interval_s=min_interval_s,
+            tls=self._tls,
             clock=self._clock,
             noting=self._noting,
         )

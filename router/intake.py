@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from common.errors import FailedPrecondition, InvalidArgument, NotFound
-from common.params import StoppingParams
+from common.identities import bound_salt
+from common.params import MAX_CACHE_SALT_BYTES, MAX_LOGPROBS, MAX_REQUEST_ID_BYTES, StoppingParams
 from common.tokenization import ChatMessage, Tokenizer
 from common.tokenization.stop_strings import MAX_STOP_STRING_LENGTH
 from common.wire import sampling_from_proto, stopping_from_proto
@@ -17,10 +18,11 @@ from pdserve.v1 import router_pb2
 from router.fleet import ServedModel
 from router.request import Arrival, Request
 
-MAX_REQUEST_ID_BYTES = 128
-MAX_CACHE_SALT_BYTES = 256
 MAX_PRIORITY = 100
-MAX_LOGPROBS = 20
+MAX_CHAT_MESSAGES = 4096
+MAX_ROLE_BYTES = 64
+MAX_TEMPLATE_VARIABLES = 64
+MAX_TEMPLATE_VARIABLE_BYTES = 64 * 1024
 # Tokenising this many characters takes a millisecond or so; longer texts must not hold up the event loop.
 INLINE_CHARACTERS = 4096
 
@@ -49,6 +51,7 @@ class Intake:
                 _refuse(field, f"at most {MAX_LOGPROBS}", getattr(message, field))
         if message.WhichOneof("input") is None:
             raise InvalidArgument("one of prompt, prompt_token_ids and chat must be set", field="input")
+        _check_chat(message.chat)
         return message.request_id if message.HasField("request_id") else str(uuid.uuid4())
 
     async def admit(
@@ -83,7 +86,7 @@ class Intake:
             stopping=_bounded(stopping, len(token_ids), model, is_default=not message.stopping.HasField("max_tokens")),
             num_logprobs=message.num_logprobs if message.HasField("num_logprobs") else None,
             num_prompt_logprobs=message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None,
-            cache_salt=message.cache_salt,
+            cache_salt=bound_salt(arrival.caller, message.cache_salt),
             priority=message.priority,
             arrival=arrival,
         )
@@ -155,6 +158,18 @@ def _bounded(
         room = max(1, min(room, model.num_kv_tokens - num_prompt_tokens))
     max_tokens = min(stopping.max_tokens, room)
     return replace(stopping, max_tokens=max_tokens, min_tokens=min(stopping.min_tokens, max_tokens))
+
+
+def _check_chat(chat: router_pb2.Chat) -> None:
+    if len(chat.messages) > MAX_CHAT_MESSAGES:
+        _refuse("chat.messages", f"at most {MAX_CHAT_MESSAGES:,}", f"{len(chat.messages):,}")
+    for message in chat.messages:
+        _check_length("chat.messages.role", message.role, 0, MAX_ROLE_BYTES)
+    if len(chat.template_kwargs) > MAX_TEMPLATE_VARIABLES:
+        _refuse("chat.template_kwargs", f"at most {MAX_TEMPLATE_VARIABLES} variables", len(chat.template_kwargs))
+    for name, value in chat.template_kwargs.items():
+        _check_length("chat.template_kwargs", name, 0, MAX_ROLE_BYTES)
+        _check_length("chat.template_kwargs", value, 0, MAX_TEMPLATE_VARIABLE_BYTES)
 
 
 def _check_length(field: str, text: str, minimum: int, maximum: int) -> None:

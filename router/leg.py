@@ -34,6 +34,7 @@ from router.dispatcher import Placement
 from router.failures import Failures
 from router.inbox import Inbox
 from router.local_prefill import Prospect
+from router.meter import Meter
 from router.output import Ending, Output
 from router.parts import Parts
 from router.path import PathRecord
@@ -61,7 +62,14 @@ class Leg:
     """A context manager: the stream, the Prefill call and what they take of both workers end with it."""
 
     def __init__(
-        self, request: Request, output: Output, placement: Placement, parts: Parts, path: PathRecord, failures: Failures
+        self,
+        request: Request,
+        output: Output,
+        placement: Placement,
+        parts: Parts,
+        path: PathRecord,
+        failures: Failures,
+        meter: Meter,
     ) -> None:
         self.identity = placement.identity
         self._worker = placement.worker
@@ -72,6 +80,7 @@ class Leg:
         self._fleet = parts.fleet
         self._path = path
         self._failures = failures
+        self._meter = meter
         self._metrics = parts.metrics
         self._clock = parts.clock
         self._inbox: Inbox[Event | PrefillFailed] = Inbox()
@@ -173,6 +182,8 @@ class Leg:
         if isinstance(event, DecodeCompletion | StreamLost):
             # Room for the next request, even while the client of this one has yet to read what came.
             self._share.end()
+        if isinstance(event, Chunk):
+            self._meter.drawn(len(event.token_ids))
         self._inbox.put(event, can_wait=isinstance(event, Chunk))
 
     def _begin_attempt(self, reserved: Reserved) -> None:

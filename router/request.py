@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from common.identities import Caller
 from common.params import SamplingParams, StoppingParams
 
 
 class Arrival(NamedTuple):
     """Who asks, and when; times on the router's monotonic clock."""
 
-    # The peer's host.
+    # Its name where callers are told apart, else the peer's host.
     client: str
     received_s: float
     deadline_s: float
+    # None: callers are not told apart.
+    caller: Caller | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from common.config import ConfigError, RouterConfig
 from common.errors import FailedPrecondition
 from common.health import Health
 from common.metrics import RouterMetrics
+from common.tls import tls_of
 from common.tokenization import Tokenizer
 from pdserve.v1 import router_pb2_grpc
 from router.directory import LookUp, look_up
@@ -57,6 +58,7 @@ class Router:
             heartbeat_timeout_s=config.heartbeat_timeout_s,
             resolve_s=config.resolve_s,
             look_up=look_up,
+            tls=tls_of(config),
             on_change=self._workers_changed,
             clock=clock,
         )
@@ -104,6 +106,7 @@ class Router:
     def _mirror_in_metrics(self) -> None:
         self.metrics.queue_requests.set_function(lambda: len(self._queue))
         self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
+        self.metrics.queue_clients.set_function(lambda: self._queue.num_clients)
         self.metrics.held_requests.set_function(lambda: self._dispatcher.num_held)
         self.metrics.degraded.set_function(lambda: self.fleet.is_degraded)
         for role, state in itertools.product(Role, WorkerState):

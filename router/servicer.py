@@ -12,6 +12,7 @@ import grpc.aio
 from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, Unavailable
+from common.identities import CALLER
 from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
@@ -54,7 +55,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         now_s = self._parts.clock()
         left_s = context.time_remaining()
         timeout_s = self._config.max_request_s if left_s is None else left_s
-        arrival = Arrival(client_of(context.peer()), received_s=now_s, deadline_s=now_s + timeout_s)
+        caller = CALLER.get()
+        client = caller.name if caller and caller.name else client_of(context.peer())
+        arrival = Arrival(client, received_s=now_s, deadline_s=now_s + timeout_s, caller=caller)
         record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
         with record, _as_deadline_exceeded(timeout_s):
             record.request_id = self._intake.check(request)

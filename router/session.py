@@ -11,6 +11,7 @@ from router.decode_stream import DecodeCompletion
 from router.dispatcher import Placement
 from router.failures import Failures
 from router.leg import Leg
+from router.meter import Meter
 from router.output import Ending, Output, Piece
 from router.parts import Parts
 from router.path import PathRecord, ServingPath
@@ -57,11 +58,15 @@ class Session:
         Raises the PdserveError that ends the request.
         """
         placement = await self._parts.dispatcher.place(self._request)
-        placed_s = self._parts.clock()
-        self._path.queue_ms = (placed_s - self._request.arrival.received_s) * 1e3
-        self._parts.metrics.queue_s.observe(placed_s - self._request.arrival.received_s)
-        with self._parts.metrics.running_requests.track_inprogress(), self._parts.pacer.stream():
-            completion = await self._serve(placement, placed_s, put_out)
+        queued_s = self._parts.clock() - self._request.arrival.received_s
+        self._path.queue_ms = queued_s * 1e3
+        self._parts.metrics.queue_s.observe(queued_s)
+        with (
+            Meter(self._request, self._parts.dispatcher.queue, self._parts.clock) as meter,
+            self._parts.metrics.running_requests.track_inprogress(),
+            self._parts.pacer.stream(),
+        ):
+            completion = await self._serve(placement, meter, put_out)
         ending = self._output.finish(completion.ending)
         await self._put_out_ready(put_out)
         path = self._path.completed(completion)
@@ -69,13 +74,13 @@ class Session:
         usage = Usage(self._request.num_prompt_tokens, len(self._output.token_ids), num_cached)
         return Completed(ending, usage, path)
 
-    async def _serve(self, placement: Placement, placed_s: float, put_out: PutOut) -> DecodeCompletion:
+    async def _serve(self, placement: Placement, meter: Meter, put_out: PutOut) -> DecodeCompletion:
         while True:
             self._path.begin_leg()
-            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures)
+            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures, meter)
             try:
                 with leg:
-                    return await self._follow(leg, placed_s, put_out)
+                    return await self._follow(leg, put_out)
             except PdserveError as error:
                 await self._put_out_ready(put_out)
                 ending = self._output.ending
@@ -83,13 +88,9 @@ class Session:
                     return leg.presumed_completion(ending)
                 placement = await self._place_elsewhere(placement, error)
 
-    async def _follow(self, leg: Leg, placed_s: float, put_out: PutOut) -> DecodeCompletion:
-        is_first = not self._output.token_ids
+    async def _follow(self, leg: Leg, put_out: PutOut) -> DecodeCompletion:
         while True:
             completion = await leg.advance()
-            if is_first and self._output.token_ids:
-                is_first = False
-                self._parts.dispatcher.queue.rate.first_token(self._parts.clock() - placed_s)
             if completion is not None:
                 if leg.lacks_prefill_answer:
                     await self._put_out_ready(put_out)

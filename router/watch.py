@@ -11,6 +11,7 @@ import grpc.aio
 from common import rpc
 from common.clock import Clock
 from common.load import Load
+from common.tls import Tls
 from common.wire import pressure_from_proto
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from router.workers import Identity, Role, Worker, WorkerState
@@ -28,7 +29,14 @@ class Watch:
     """Keeps a `Worker` true from when it is made until `close`. Belongs to the event loop."""
 
     def __init__(
-        self, worker: Worker, *, heartbeat_timeout_s: float, min_interval_s: float, clock: Clock, noting: Noting
+        self,
+        worker: Worker,
+        *,
+        heartbeat_timeout_s: float,
+        min_interval_s: float,
+        tls: Tls | None,
+        clock: Clock,
+        noting: Noting,
     ) -> None:
         """The worker is to tell of its load at most every `min_interval_s`, and is lost after `heartbeat_timeout_s`
         of silence."""
@@ -37,9 +45,8 @@ class Watch:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._clock = clock
         self._noting = noting
-        self._channel = rpc.connect(worker.address)
-        self.decode = decode_pb2_grpc.DecodeServiceStub(self._channel)
-        self.prefill = prefill_pb2_grpc.PrefillServiceStub(self._channel)
+        self._tls = tls
+        self._open()
         self._task = asyncio.create_task(self._run(), name=f"watch {worker}")
 
     async def close(self) -> None:
@@ -48,16 +55,26 @@ class Watch:
         await asyncio.gather(self._task, return_exceptions=True)
         await self._channel.close()
 
+    def _open(self) -> None:
+        self._certificates = self._tls and self._tls.version
+        self._channel = rpc.connect(self._worker.address, self._tls)
+        self.decode = decode_pb2_grpc.DecodeServiceStub(self._channel)
+        self.prefill = prefill_pb2_grpc.PrefillServiceStub(self._channel)
+
     async def _run(self) -> None:
-        worker, stub = self._worker, worker_pb2_grpc.WorkerServiceStub(self._channel)
+        worker = self._worker
         retry_s = FIRST_RETRY_S
         while True:
             generation = worker.generation
-            reason = await self._follow(stub)
+            reason = await self._follow(worker_pb2_grpc.WorkerServiceStub(self._channel))
             with self._noting(worker):
                 worker.lose(reason)
             retry_s = FIRST_RETRY_S if worker.generation > generation else min(2 * retry_s, LAST_RETRY_S)
             await asyncio.sleep(retry_s)
+            if self._tls and self._tls.version != self._certificates:
+                # A channel would connect again with the certificates that it was made with.
+                await self._channel.close()
+                self._open()
 
     async def _follow(self, stub: worker_pb2_grpc.WorkerServiceStub) -> str:
         """Reads one load stream to its end, and says why it ended."""

@@ -20,7 +20,7 @@ from pdserve import cli
 from tests.support.processes import ROOT, running_services
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {"router": RouterConfig, "prefill_service": PrefillConfig, "decode_service": DecodeConfig}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLAIN_ADDRESS = "127.0.0.1:50051"
@@ -156,4 +156,4 @@ def test_the_page_about_errors_names_every_reason_that_is_given():
 
 def test_the_page_about_errors_has_a_row_for_every_status_that_is_raised():
     rows = set(re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "errors.md").read_text(), re.MULTILINE))
-    assert rows == {code.name for code in errors.BY_CODE} - {"PERMISSION_DENIED"}
+    assert rows == {code.name for code in errors.BY_CODE}

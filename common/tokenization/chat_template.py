@@ -20,6 +20,18 @@ from common.errors import FailedPrecondition, InvalidArgument
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
+# What a template raises for a conversation that it was not written for.
+_REFUSALS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+)
+
+
 class ChatMessage(NamedTuple):
     """One turn of a conversation."""
 
@@ -62,7 +74,7 @@ class ChatTemplate:
         }
         try:
             return self._template.render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except _REFUSALS as error:
             raise InvalidArgument(f"the chat template refuses this conversation: {error}", field="chat") from error
 
 
@@ -92,7 +104,7 @@ def _strftime_now(form: str) -> str:
 def _json_value(name: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         field = f"chat.template_kwargs[{name!r}]"
         raise InvalidArgument(f"{field} must be a JSON value, got {text[:80]!r}: {error}", field=field) from None
 

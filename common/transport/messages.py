@@ -15,6 +15,10 @@ from common.params import TokenLogprob
 
 # Raised whenever an older peer would misunderstand a message of this file.
 PROTOCOL_VERSION = 1
+# Of a name, a boot id, a fingerprint, a layout or a transport in a hello or welcome.
+MAX_WORD_BYTES = 1024
+MAX_OFFERS = 16
+MAX_TOKEN_BYTES = 64
 
 
 class AttemptKey(NamedTuple):

@@ -18,6 +18,7 @@ COMMANDS = {
     "workers": "list the workers that a router knows",
     "stats": "show the attention/FFN pipeline of a decode worker",
     "drain": "take a worker out of service and wait for what it still works on",
+    "token": "draw a token for a client or an operator, and the line for the file of identities",
     "doctor": "say what works on this machine and what to do about the rest",
 }
 

@@ -6,6 +6,7 @@ import argparse
 import math
 
 from common.address import Address
+from pdserve.access import TOKEN_FILE, VARIABLES, Access
 
 
 def address(text: str) -> str:
@@ -30,6 +31,30 @@ def seconds(text: str) -> float:
     return value
 
 
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """What to show and believe; `access_of` reads it."""
+    group = parser.add_argument_group("access", "without --tls-ca calls are plaintext")
+    group.add_argument("--tls-ca", metavar="FILE", help=f"authorities to believe, as PEM ({VARIABLES['tls_ca']})")
+    group.add_argument(
+        "--tls-certificate", metavar="FILE", help=f"certificate to show, as PEM ({VARIABLES['tls_certificate']})"
+    )
+    group.add_argument("--tls-key", metavar="FILE", help=f"its key ({VARIABLES['tls_key']})")
+    group.add_argument(
+        "--tls-server-name",
+        metavar="NAME",
+        help=f"whom the service's certificate is made out to, if not the host ({VARIABLES['tls_server_name']})",
+    )
+    group.add_argument(
+        "--token-file", metavar="FILE", help=f"holds the token to show ({TOKEN_FILE}; the token: {VARIABLES['token']})"
+    )
+
+
+def access_of(args: argparse.Namespace) -> Access:
+    """From the flags, and from the environment what they leave out. Raises ConfigError."""
+    names = ("tls_ca", "tls_certificate", "tls_key", "tls_server_name", "token_file")
+    return Access.from_environment(**{name: getattr(args, name) or "" for name in names})
+
+
 def add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
@@ -38,3 +63,4 @@ def add_router(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="the router to ask (default: %(default)s)",
     )
+    add_access(parser)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pdserve.cli.arguments import address, seconds
+from pdserve.cli.arguments import access_of, add_access, address, seconds
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console, counted
 from pdserve.worker_client import DrainProgress, WorkerClient
@@ -24,12 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="end what is left after that long (default: the worker's drain_s)",
     )
+    add_access(parser)
 
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
     show = _show_bar if console(stderr=True).is_terminal else _show_lines
-    async with WorkerClient(args.worker) as worker, contextlib.aclosing(worker.drain(args.deadline)) as progress:
+    async with (
+        WorkerClient(args.worker, access=access_of(args)) as worker,
+        contextlib.aclosing(worker.drain(args.deadline)) as progress,
+    ):
         try:
             await show(progress)
         except asyncio.CancelledError:

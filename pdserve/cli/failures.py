@@ -1,4 +1,5 @@
-"""How a command that failed says so: one line on stderr with status, field, message and what to do, and exit code 1."""
+"""How a command that failed says so: one line on stderr with status, field, message and what to do, and exit code 1;
+2 for flags or an environment that cannot work."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 from common.errors import DeadlineExceeded, PdserveError
+from common.settings import ConfigError
 
 Command = Callable[[argparse.Namespace], Awaitable[int]]
 
@@ -24,6 +26,9 @@ def one_line(run: Command) -> Command:
     async def reporting(args: argparse.Namespace) -> int:
         try:
             return await run(args)
+        except ConfigError as error:
+            print(f"pdserve: {error}", file=sys.stderr)
+            return 2
         except PdserveError as error:
             sys.stdout.flush()
             print(f"pdserve: {describe(error)}", file=sys.stderr)

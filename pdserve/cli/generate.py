@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 
 from rich.text import Text
 
-from pdserve.cli.arguments import add_router, seconds
+from pdserve.cli.arguments import access_of, add_router, seconds
 from pdserve.cli.failures import one_line
 from pdserve.cli.summary import Stopwatch, summary
 from pdserve.cli.terminal import console, counted
@@ -64,7 +64,7 @@ async def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
     )
-    async with Client(args.router) as client:
+    async with Client(args.router, access=access_of(args)) as client:
         if args.wait is not None:
             with console(stderr=True).status(Text(f"waiting for the router at {args.router}")):
                 await client.wait_until_ready(args.wait)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from pdserve.cli.arguments import address
+from pdserve.cli.arguments import access_of, add_access, address
 from pdserve.cli.failures import one_line
 from pdserve.results import PipelineStats
 from pdserve.worker_client import WorkerClient
@@ -26,11 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the decode worker to ask (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_access(parser)
 
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    async with WorkerClient(args.decode) as worker:
+    async with WorkerClient(args.decode, access=access_of(args)) as worker:
         stats = await worker.get_pipeline_stats()
     if args.json:
         print(json.dumps(dataclasses.asdict(stats)))

@@ -9,7 +9,7 @@ import json
 from rich.table import Table
 from rich.text import Text
 
-from pdserve.cli.arguments import add_router
+from pdserve.cli.arguments import access_of, add_router
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console
 from pdserve.client import Client
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    async with Client(args.router) as client:
+    async with Client(args.router, access=access_of(args)) as client:
         known = await client.list_workers()
     if args.json:
         print(json.dumps(dataclasses.asdict(known), ensure_ascii=False))

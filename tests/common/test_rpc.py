@@ -357,3 +357,19 @@ async def test_a_peer_that_comes_back_is_met_again(serve, channel_to):
     await asyncio.wait_for(channel.channel_ready(), 5)
     await call(channel, "unary_unary")
     await second.stop(None)
+
+
+async def test_metadata_beyond_8_kib_is_exhaustion_said_by_grpc(serve, channel_to):
+    async def nothing():
+        return None
+
+    channel = channel_to(await serve(Failing(nothing).add_to))
+    stub = channel.stream_unary("/test.Service/stream_unary")
+    with pytest.raises(errors.ResourceExhausted), rpc.translate():
+        await stub(iter([b""]), timeout=5, metadata=(("long", "x" * 9000),))
+
+
+async def test_a_message_beyond_16_mib_is_exhaustion_said_by_grpc(serve, channel_to):
+    channel = channel_to(await serve(Failing(raising(AssertionError("reached the handler"))).add_to))
+    with pytest.raises(errors.ResourceExhausted), rpc.translate():
+        await call(channel, "unary_unary", bytes(rpc.MAX_MESSAGE_BYTES + 1))

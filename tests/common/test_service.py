@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import signal
 
+import grpc
+import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from common import health
+from common import health, rpc
+from tests.support.certificates import Authority
 
 NAME = "pdserve.v1.RouterService"
 
@@ -44,7 +47,9 @@ async def started(spawn, channel_to):
         while "serving" not in (line := await asyncio.to_thread(process.stderr.readline)):
             assert line, "the service ended"
         port = dict(pair.split("=") for pair in line.split() if "=" in pair)["port"]
-        return process, channel_to(f"127.0.0.1:{port}")
+        channel = channel_to(f"127.0.0.1:{port}")
+        channel.target = f"127.0.0.1:{port}"
+        return process, channel
 
     return start
 
@@ -103,3 +108,28 @@ async def test_a_wrong_setting_ends_the_start_with_one_line(spawn):
     _, errors = await asyncio.wait_for(asyncio.to_thread(process.communicate), 10)
     assert errors == "router: unknown argument '--max-queue-request'; did you mean '--max-queue-requests'?\n"
     assert process.returncode == 2
+
+
+async def test_beside_mtls_health_alone_is_plaintext(started, unused_address, channel_to, tmp_path):
+    authority = Authority(tmp_path)
+    files = authority.issue("router")
+    flags = [word for name, path in files.items() for word in ("--" + name.replace("_", "-"), path)]
+    _, plaintext = await started(*flags, "--tls-client-certificates", "--health-listen", unused_address)
+    with pytest.raises(grpc.aio.AioRpcError, match="UNAVAILABLE"):
+        await ready(plaintext)
+    assert await ready(channel_to(unused_address))
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+        await (
+            reflection_pb2_grpc.ServerReflectionStub(channel_to(unused_address))
+            .ServerReflectionInfo(iter([request]), timeout=5)
+            .read()
+        )
+    async with rpc.connect(plaintext.target, authority.tls("operator")) as channel:
+        assert await ready(channel)
+        reply = (
+            await reflection_pb2_grpc.ServerReflectionStub(channel)
+            .ServerReflectionInfo(iter([request]), timeout=5)
+            .read()
+        )
+        assert NAME in {one.name for one in reply.list_services_response.service}

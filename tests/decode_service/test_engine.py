@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.engine.kv_cache import KvCache
+from common.params import TokenLogprob
 from common.transport.messages import AttemptKey, ChunkHeader, Commit, TransferStatus
 from decode_service.events import Completed, Lost, Reserved
 from decode_service.reservations import Verdict
@@ -131,6 +132,7 @@ class Remote:
     def __init__(self, engine: HandTurnedEngine, sequence) -> None:
         self.engine = engine
         self.answers: list = []
+        self.has_begun = False
         self.reserved = engine.events(sequence, Reserved)[-1]
         self.num_blocks = -(-sequence.num_tokens // BLOCK)
         sender = HandTurnedEngine()
@@ -147,21 +149,24 @@ class Remote:
     def key(self):
         return AttemptKey(self.reserved.reservation, self.reserved.attempt)
 
-    def ship(self, *, attempt=None, layers=None, **changes):
+    def ship(self, *, attempt=None, layers=None, pair_id=1, **changes):
+        if not self.has_begun:
+            self.has_begun = True
+            self.engine.attempt_begun(1, self.key)
         num_layers = layers or self.cache.num_layers
         out = torch.empty(num_layers * self.num_blocks * self.cache.block_bytes, dtype=torch.uint8)
         payload = self.cache.gather(0, num_layers, self.blocks, out)
         key = self.key if attempt is None else self.key._replace(attempt=attempt)
         fields = {"first_layer": 0, "num_layers": num_layers, "first_block": 0, "num_blocks": self.num_blocks}
         header = ChunkHeader(0, key, **{**fields, "num_bytes": payload.numel(), "checksum": 0, **changes})
-        self.engine.chunk_landed(1, header, payload, lambda status, *_: self.answers.append(status))
+        self.engine.chunk_landed(pair_id, header, payload, lambda status, *_: self.answers.append(status))
         self.engine.turn()
         return self.answers[-1]
 
-    def commit(self):
+    def commit(self, *, pair_id=1, **changes):
         num_bytes = self.cache.num_layers * self.num_blocks * self.cache.block_bytes
-        commit = Commit(key=self.key, num_bytes=num_bytes, first_token_id=self.first_token)
-        self.engine.commit_received(1, commit, lambda status, *_: self.answers.append(status))
+        commit = Commit(**{"key": self.key, "num_bytes": num_bytes, "first_token_id": self.first_token, **changes})
+        self.engine.commit_received(pair_id, commit, lambda status, *_: self.answers.append(status))
         self.engine.turn()
         return self.answers[-1]
 
@@ -217,6 +222,33 @@ def test_a_commit_before_all_layers_have_landed_is_refused():
     assert remote.ship(layers=2) is TransferStatus.OK
     assert remote.commit() is TransferStatus.INVALID
     assert not engine.tokens(sequence)
+
+
+def test_what_a_model_cannot_have_drawn_is_no_commit():
+    engine, sequence = HandTurnedEngine(), make_request(list(range(1, 40)))
+    reserve(engine, sequence)
+    remote = Remote(engine, sequence)
+    assert remote.ship() is TransferStatus.OK
+    logprob = TokenLogprob(1, 0.0, 1, ())
+    assert remote.commit(first_token_id=VOCAB) is TransferStatus.INVALID
+    assert remote.commit(first_token_id=2**32 - 1) is TransferStatus.INVALID
+    assert remote.commit(prompt_logprobs=(logprob,) * 39) is TransferStatus.INVALID
+    assert not engine.tokens(sequence)
+    assert remote.commit(prompt_logprobs=(logprob,) * 38) is TransferStatus.OK
+
+
+def test_no_pair_writes_into_what_another_one_fills():
+    engine, sequence = HandTurnedEngine(), make_request(list(range(1, 40)))
+    reserve(engine, sequence)
+    remote = Remote(engine, sequence)
+    assert remote.ship(pair_id=2) is TransferStatus.INVALID, "pair 1 has begun it"
+    engine.attempt_begun(2, remote.key)
+    assert remote.ship(pair_id=2) is TransferStatus.INVALID
+    assert engine.gone == [(2, remote.key)]
+    assert not any(layer.any() for layer in engine.parts.cache.layers)
+    assert remote.ship() is TransferStatus.OK
+    assert remote.commit(pair_id=2) is TransferStatus.INVALID
+    assert remote.commit() is TransferStatus.OK
 
 
 def test_a_lost_pair_asks_for_prefill_and_the_next_attempt_completes():

@@ -173,7 +173,9 @@ def test_a_retry_that_turns_remote_does_not_join_by_the_local_token(engine):
     land(engine, engine.kept.prefills)
     assert engine._reservation_of[sequence].state is State.FILLING
     answers = []
-    commit = Commit(key=AttemptKey(1, 2), num_bytes=0, first_token_id=expected(sequence, 1)[0])
+    key = events(engine, sequence, Reserved)[-1].reservation, 2
+    engine.attempt_begun(1, AttemptKey(*key))
+    commit = Commit(key=AttemptKey(*key), num_bytes=0, first_token_id=expected(sequence, 1)[0])
     engine.commit_received(1, commit, lambda status, *_: answers.append(status))
     settle(engine)
     assert answers == [TransferStatus.OK]

@@ -272,3 +272,16 @@ async def test_prefill_hears_at_once_that_its_reservation_is_unknown(decode) -> 
     client = await paired(decode)
     await client.say(AttemptBegin(AttemptKey(99, 1)))
     assert await client.hear() == ReservationGone(AttemptKey(99, 1))
+
+
+@pytest.mark.parametrize("field", ["worker", "boot_id", "kv_layout", "model_fingerprint"])
+async def test_no_word_of_a_hello_is_endless(decode, field) -> None:
+    error = await refusal(decode.client().hello(**{field: "x" * 1025}))
+    assert isinstance(error, InvalidArgument)
+    error = await refusal(decode.client().hello(transports=("gloo@" + "x" * 1020,)))
+    assert isinstance(error, InvalidArgument)
+
+
+async def test_no_hello_offers_without_end(decode) -> None:
+    error = await refusal(decode.client().hello(transports=("gloo",) * 17))
+    assert (type(error), error.field) == (InvalidArgument, "hello.transports")

@@ -232,9 +232,9 @@ def test_a_commit_needs_every_block_of_every_layer():
     reservation = scheduler.open(make_sequence(8), local=False)
     scheduler.schedule()
     commit = Commit(key=reservation.key, num_bytes=40, first_token_id=1, first_token_logprob=None, prompt_logprobs=())
-    assert reservation.judge_commit(commit, num_layers=2, num_blocks=2)[0] is TransferStatus.INVALID
+    assert reservation.judge_commit(commit, num_layers=2, num_blocks=2, vocab_size=8)[0] is TransferStatus.INVALID
     reservation.record(header(reservation))
-    assert reservation.judge_commit(commit, num_layers=2, num_blocks=2)[0] is TransferStatus.OK
+    assert reservation.judge_commit(commit, num_layers=2, num_blocks=2, vocab_size=8)[0] is TransferStatus.OK
 
 
 def test_a_prompt_that_is_all_cached_needs_only_the_first_token():
@@ -244,7 +244,7 @@ def test_a_prompt_that_is_all_cached_needs_only_the_first_token():
     scheduler.schedule()
     assert again.num_cached_blocks == 2
     commit = Commit(key=again.key, num_bytes=0, first_token_id=1, first_token_logprob=None, prompt_logprobs=())
-    assert again.judge_commit(commit, num_layers=2, num_blocks=2)[0] is TransferStatus.OK
+    assert again.judge_commit(commit, num_layers=2, num_blocks=2, vocab_size=8)[0] is TransferStatus.OK
     assert again.kv_path is Verdict.CACHED
 
 

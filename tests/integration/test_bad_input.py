@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from common.errors import from_rpc_error
-from pdserve.v1 import decode_pb2, prefill_pb2, router_pb2, types_pb2
+from pdserve.v1 import decode_pb2, prefill_pb2, router_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 from tests.fakes.cluster import Reply
 from tests.support.cluster import RealCluster
 
@@ -56,6 +56,11 @@ async def test_a_sampling_parameter_out_of_range_is_named(cluster, sampling, fie
     assert (error.code, error.field) == (grpc.StatusCode.INVALID_ARGUMENT, field)
 
 
+def chat(*messages: tuple[str, str], **variables: str) -> router_pb2.Chat:
+    turns = [router_pb2.ChatMessage(role=role, content=content) for role, content in messages]
+    return router_pb2.Chat(messages=turns, template_kwargs=variables)
+
+
 REQUESTS = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt_token_ids"),
@@ -69,6 +74,15 @@ REQUESTS = [
     ({"priority": 101}, "priority"),
     ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"request_id": "x" * 129}, "request_id"),
+    ({"request_id": "ü" * 65}, "request_id"),
+    ({"stop": ["x" * 1025]}, "stopping.stop"),
+    ({"stop": ["x"] * 17}, "stopping.stop"),
+    ({"stop_token_ids": [5] * 65}, "stopping.stop_token_ids"),
+    ({"chat": chat(("x" * 65, "Hi"))}, "chat.messages.role"),
+    ({"chat": chat(*[("user", "Hi")] * 4097)}, "chat.messages"),
+    ({"chat": chat(**{str(number): "1" for number in range(65)})}, "chat.template_kwargs"),
+    ({"chat": chat(**{"x" * 65: "1"})}, "chat.template_kwargs"),
+    ({"chat": chat(deep="[" * 65_537)}, "chat.template_kwargs"),
 ]
 
 
@@ -152,6 +166,9 @@ OPENS = [
     ({"num_prompt_tokens": 41}, grpc.StatusCode.INVALID_ARGUMENT, "num_prompt_tokens"),
     ({"sampling": None}, grpc.StatusCode.INVALID_ARGUMENT, "sampling.seed"),
     ({"token_ids": types_pb2.TokenIds(ids=[9999])}, grpc.StatusCode.INVALID_ARGUMENT, "token_ids"),
+    ({"request_id": "x" * 129}, grpc.StatusCode.INVALID_ARGUMENT, "request_id"),
+    ({"cache_salt": "x" * 1000}, grpc.StatusCode.INVALID_ARGUMENT, "cache_salt"),
+    ({"num_prompt_logprobs": 21}, grpc.StatusCode.INVALID_ARGUMENT, "num_prompt_logprobs"),
 ]
 
 
@@ -195,6 +212,23 @@ PREFILLS = [
 async def test_prefill_refuses_what_it_cannot_ship(cluster, changes, code, field):
     error = await refusal(cluster.prefill_stub.Prefill(prefill_request(cluster, **changes), timeout=10))
     assert (error.code, error.field) == (code, field)
+
+
+@pytest.mark.parametrize("deadline_s", [math.nan, -1.0, math.inf])
+async def test_a_drain_within_no_time_at_all_is_refused_and_nothing_drains(cluster, deadline_s):
+    stub = worker_pb2_grpc.WorkerServiceStub(cluster.decodes[0].channel)
+    call = stub.Drain(worker_pb2.DrainRequest(deadline_s=deadline_s), timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+        await call.read()
+    assert not cluster.decodes[0].worker.front.draining
+
+
+@pytest.mark.parametrize("interval_s", [math.nan, -1.0, math.inf])
+async def test_load_is_told_at_times_that_exist(cluster, interval_s):
+    stub = worker_pb2_grpc.WorkerServiceStub(cluster.decodes[0].channel)
+    call = stub.WatchLoad(worker_pb2.WatchLoadRequest(min_interval_s=interval_s), timeout=10)
+    with pytest.raises(grpc.aio.AioRpcError, match="INVALID_ARGUMENT"):
+        await call.read()
 
 
 async def test_a_static_pipeline_without_partitions_is_refused_with_the_reason(cluster):

@@ -101,9 +101,9 @@ async def test_workers_come_and_go_under_traffic_and_no_request_is_lost():
             for _ in range(8):
                 tasks.create_task(client())
             await replace_all()
+            await eventually(lambda: all(worker.opened for worker in cluster.decodes))
+            await eventually(lambda: all(worker.requests for worker in cluster.prefills))
             is_over.set()
-        assert all(worker.opened for worker in cluster.decodes)
-        assert all(worker.requests for worker in cluster.prefills)
 
 
 @pytest.mark.promise(14)

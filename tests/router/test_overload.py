@@ -1,14 +1,20 @@
 """What waits, where it waits, and what is turned away."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import grpc.aio
 import pytest
 
-from common import errors
+from common import errors, rpc
 from common.errors import from_rpc_error
+from pdserve.v1 import router_pb2_grpc
+from router.fair_share import OUTPUT_WEIGHT
+from router.service_rate import ENOUGH, RECENT
 from router.session import Session
-from tests.fakes.cluster import FakeCluster, Reply, eventually
+from tests.fakes.cluster import PATIENCE_S, FakeCluster, Reply, eventually, generate_request
 from tests.router.values import request
 
 
@@ -32,6 +38,10 @@ async def _occupied(cluster: FakeCluster):
 
 async def _in_queue(cluster: FakeCluster, number: int) -> None:
     await eventually(lambda: len(_queue(cluster)) == number)
+
+
+def _turned_away(cluster: FakeCluster, reason: str) -> float:
+    return cluster.router.metrics.registry.get_sample_value("pdserve_router_turned_away_total", {"reason": reason})
 
 
 def _order(cluster: FakeCluster) -> list[str]:
@@ -82,6 +92,100 @@ async def test_a_full_queue_says_when_to_come_again():
         cluster.decode.go.set()
         for call in calls:
             await Reply.of(call)
+
+
+@contextlib.asynccontextmanager
+async def _another_client(cluster: FakeCluster, folder: Path) -> AsyncIterator[Callable]:
+    """The same router, reached from what is another host for it; yields what makes its calls."""
+    server = rpc.create_server()
+    cluster.router.add_to(server)
+    server.add_insecure_port(f"unix:{folder / 'router'}")
+    await server.start()
+    async with rpc.connect(f"unix:{folder / 'router'}") as channel:
+        stub = router_pb2_grpc.RouterServiceStub(channel)
+        yield lambda **fields: stub.Generate(generate_request(**fields), timeout=PATIENCE_S)
+    await server.stop(None)
+
+
+async def test_a_client_that_floods_waits_behind_one_that_asks_for_little(tmp_path_factory):
+    async with (
+        FakeCluster(max_num_seqs=1).running() as cluster,
+        _another_client(cluster, tmp_path_factory.mktemp("s")) as start,
+    ):
+        calls = [await _occupied(cluster)]
+        for place in range(3):
+            calls.append(cluster.start(request_id=f"flood {place}", priority=100, max_tokens=1))
+            await _in_queue(cluster, place + 1)
+        calls.append(start(request_id="calm", max_tokens=1))
+        await _in_queue(cluster, 4)
+        assert cluster.router.metrics.registry.get_sample_value("pdserve_router_queue_clients") == 2
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+        assert _order(cluster) == ["first", "calm", "flood 0", "flood 1", "flood 2"]
+
+
+async def test_a_flood_that_fills_the_queue_makes_room_for_another_client(tmp_path_factory):
+    async with (
+        FakeCluster(max_num_seqs=1).running(max_queue_requests=2) as cluster,
+        _another_client(cluster, tmp_path_factory.mktemp("s")) as start,
+    ):
+        calls = [await _occupied(cluster)]
+        for place in range(2):
+            calls.append(cluster.start(request_id=f"flood {place}", max_tokens=1))
+            await _in_queue(cluster, place + 1)
+        calls.append(start(request_id="calm", max_tokens=1))
+        error = await _error(calls.pop(2))
+        assert (error.code.name, error.reason, error.retry_after_s) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL", 1.0)
+        assert _turned_away(cluster, "QUEUE_FULL") == 1
+        cluster.decode.go.set()
+        for call in calls:
+            await Reply.of(call)
+        assert _order(cluster) == ["first", "calm", "flood 0"]
+
+
+async def _backlog(cluster: FakeCluster) -> None:
+    """Served, so that the queue knows how fast it moves."""
+    calls = [await _occupied(cluster)]
+    calls += [cluster.start(max_tokens=3) for _ in range(ENOUGH)]
+    await _in_queue(cluster, ENOUGH)
+    cluster.decode.go.set()
+    for call in calls:
+        await Reply.of(call)
+
+
+async def test_what_would_end_after_its_deadline_is_refused_before_a_worker_hears_of_it():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        await _backlog(cluster)
+        for _ in range(RECENT):
+            _queue(cluster).rate.streamed(1.0, num_tokens=1)
+        call = await _occupied(cluster)
+        error = await _error(cluster.start(request_id="late", max_tokens=100, ignore_eos=True, timeout=20.0))
+        assert (error.code.name, error.reason) == ("DEADLINE_EXCEEDED", "PREDICTED_TOO_LATE")
+        assert _turned_away(cluster, "PREDICTED_TOO_LATE") == 1
+        cluster.decode.go.set()
+        await Reply.of(call)
+        assert "late" not in _order(cluster)
+
+
+async def test_what_waits_is_dropped_as_soon_as_it_is_known_to_end_too_late():
+    async with FakeCluster(max_num_seqs=1).running() as cluster:
+        await _backlog(cluster)
+        call = await _occupied(cluster)
+        late = cluster.start(request_id="late", max_tokens=100, ignore_eos=True, timeout=60.0)
+        await _in_queue(cluster, 1)
+        for _ in range(RECENT):
+            _queue(cluster).rate.streamed(1.0, num_tokens=1)
+        assert (await _error(late)).reason == "PREDICTED_TOO_LATE"
+        cluster.decode.go.set()
+        await Reply.of(call)
+        assert "late" not in _order(cluster)
+
+
+async def test_prompt_and_output_are_charged_to_the_client():
+    async with FakeCluster().running() as cluster:
+        await cluster.generate([1] * 10, max_tokens=5)
+        assert _queue(cluster).fair_share.given("127.0.0.1") == 10 + 5 * OUTPUT_WEIGHT
 
 
 async def test_a_deadline_ends_the_wait():

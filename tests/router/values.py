@@ -15,6 +15,7 @@ def request(
     prompt_token_ids: Sequence[int] | None = None,
     priority: int = 0,
     deadline_s: float = float("inf"),
+    client: str = "test",
     cache_salt: str = "",
     **stopping: object,
 ) -> Request:
@@ -25,7 +26,7 @@ def request(
         stopping=StoppingParams(**stopping),
         cache_salt=cache_salt,
         priority=priority,
-        arrival=Arrival("test", received_s=0.0, deadline_s=deadline_s),
+        arrival=Arrival(client, received_s=0.0, deadline_s=deadline_s),
     )
 
 

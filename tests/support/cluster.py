@@ -11,6 +11,8 @@ import grpc.aio
 from common import rpc
 from common.config import TINY_MODEL, DecodeConfig, PrefillConfig, RouterConfig
 from common.engine.setup import build
+from common.identities import gate_of
+from common.tls import Tls, server_credentials_of
 from common.tokenization import Tokenizer
 from decode_service.worker import DecodeWorker
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, router_pb2_grpc
@@ -25,11 +27,26 @@ Worker = PrefillWorker | DecodeWorker
 class Served:
     """A worker behind a server of its own."""
 
-    def __init__(self, worker: Worker, server: grpc.aio.Server, address: str) -> None:
+    server: grpc.aio.Server
+    channel: grpc.aio.Channel
+    address = "127.0.0.1:0"
+
+    def __init__(self, worker: Worker, config: PrefillConfig | DecodeConfig) -> None:
         self.worker = worker
-        self.server = server
-        self.address = address
-        self.channel = rpc.connect(address)
+        self._config = config
+        self._credentials = server_credentials_of(config)
+
+    async def listen(self) -> None:
+        """At a free port first, at the same one again after `kill`."""
+        self.server = rpc.create_server(gate=gate_of(self._config))
+        self.worker.add_to(self.server)
+        port = rpc.bind(self.server, self.address, credentials=self._credentials)
+        self.address = f"127.0.0.1:{port}"
+        await self.server.start()
+
+    def raw(self, method: str):
+        """A call with bytes in both directions."""
+        return self.channel.stream_stream(method)
 
     async def kill(self) -> None:
         """Ends its streams without a word, as far as one process can do that to itself."""
@@ -41,25 +58,32 @@ class Served:
         await self.worker.stop()
 
 
-async def serve_worker(config: PrefillConfig | DecodeConfig) -> Served:
+async def serve_worker(config: PrefillConfig | DecodeConfig, tls: Tls | None = None) -> Served:
     parts = await asyncio.to_thread(build, config)
     worker = PrefillWorker(config, parts) if isinstance(config, PrefillConfig) else DecodeWorker(config, parts)
     await asyncio.to_thread(worker.prepare)
-    server = rpc.create_server()
-    worker.add_to(server)
-    port = rpc.bind(server, "127.0.0.1:0")
-    await server.start()
+    served = Served(worker, config)
+    await served.listen()
     worker.start()
-    return Served(worker, server, f"127.0.0.1:{port}")
+    served.channel = rpc.connect(served.address, tls)
+    return served
 
 
 class RealCluster:
     """`running` starts everything; at its end every block must be back on both sides."""
 
     def __init__(
-        self, *, num_prefill: int = 1, num_decode: int = 1, model: str = TINY_MODEL, **settings: object
+        self,
+        *,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        model: str = TINY_MODEL,
+        tls: Tls | None = None,
+        **settings: object,
     ) -> None:
-        """`settings` go to all workers; those named prefill_… or decode_… to that kind alone."""
+        """`settings` go to all workers; those named prefill_… or decode_… to that kind alone. `tls` is what the tests
+        dial with."""
+        self.tls = tls
         self._num = {PrefillConfig: num_prefill, DecodeConfig: num_decode}
         self._settings = {"num_blocks": 512, "num_threads": 1, "model": model, **WORKER_SETTINGS, **settings}
         self._model = model
@@ -82,7 +106,7 @@ class RealCluster:
         async with contextlib.AsyncExitStack() as stack:
             for kind, served in ((PrefillConfig, self.prefills), (DecodeConfig, self.decodes)):
                 for index in range(self._num[kind]):
-                    one = await serve_worker(self._config(kind, index))
+                    one = await serve_worker(self._config(kind, index), self.tls)
                     stack.push_async_callback(one.stop)
                     served.append(one)
             config = RouterConfig(
@@ -93,15 +117,17 @@ class RealCluster:
             )
             self.router = Router(config, Tokenizer.load(self._model))
             await stack.enter_async_context(self.router.running())
-            server = rpc.create_server()
+            server = rpc.create_server(gate=gate_of(config))
             self.router.add_to(server)
-            port = rpc.bind(server, "127.0.0.1:0")
+            port = rpc.bind(server, "127.0.0.1:0", credentials=server_credentials_of(config))
             await server.start()
             stack.push_async_callback(server.stop, None)
             self.address = f"127.0.0.1:{port}"
-            channel = rpc.connect(self.address)
+            channel = rpc.connect(self.address, self.tls)
             stack.push_async_callback(channel.close)
             self.stub = router_pb2_grpc.RouterServiceStub(channel)
+            # A call with bytes in both directions.
+            self.raw = channel.unary_stream
             total = len(self.prefills) + len(self.decodes)
             await eventually(lambda: sum(one.is_serving for one in self.router.fleet.workers) == total)
             yield self

@@ -6,6 +6,7 @@ sequence's next token is a function of its seed and position alone, so that what
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections import deque
@@ -185,7 +186,7 @@ class ImitatedEngine(DecodeEngine):
             pipeline,
             runner,
             cache,
-            config=config,
+            config=dataclasses.replace(config, vocab_size=NUM_TOKENS),
             stream_interval_s=0.0,
             stream_messages_per_s=math.inf,
             clock=clock,

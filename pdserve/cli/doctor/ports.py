@@ -68,9 +68,10 @@ async def _service_at(address: str, role: str) -> str:
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
         from common import rpc
+        from pdserve.access import Access
     except ModuleNotFoundError:  # which has a line of its own in the report
         return ""
-    async with rpc.connect(address) as channel:
+    async with rpc.connect(address, Access.from_environment().tls()) as channel:
         request = health_pb2.HealthCheckRequest(service=_SERVICES[role])
         try:
             response = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=TIMEOUT_S)
