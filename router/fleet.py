@@ -99,11 +99,14 @@ class Fleet:
 
     @property
     def prefill(self) -> list[Worker]:
-        return list(self._members[Role.PREFILL].values())
+        return self.members(Role.PREFILL)
 
     @property
     def decode(self) -> list[Worker]:
-        return list(self._members[Role.DECODE].values())
+        return self.members(Role.DECODE)
+
+    def members(self, role: Role) -> list[Worker]:
+        return list(self._members[role].values())
 
     @property
     def workers(self) -> list[Worker]:

@@ -33,7 +33,7 @@ from router.decode_stream import (
 from router.dispatcher import Placement
 from router.failures import Failures
 from router.inbox import Inbox
-from router.local_prefill import Prospect
+from router.local_prefill import Prospect, prospect_of
 from router.meter import Meter
 from router.output import Ending, Output
 from router.parts import Parts
@@ -87,9 +87,10 @@ class Leg:
         self._state = State.ASKED
         self._num_cached_blocks = placement.num_cached_blocks
         self._local_prefill = parts.local_prefill
-        # When decode was asked for the attempt at hand, where its prompt is computed, and by what that was decided.
+        self._placings = parts.placings
+        # When decode was asked for the attempt at hand, and where its prompt is computed.
         self._asked_s = 0.0
-        self._prospect = self._look_ahead()
+        self._prospect: Prospect | None = None
         self._is_local = self._choose_way()
         # For blocks, of the time since then.
         self._queue_s = 0.0
@@ -195,14 +196,11 @@ class Leg:
         if self._is_local:
             self._path.begin_attempt("")
             return
-        demand = self._current_demand()
-        terms = PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
-        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], demand, terms)
+        demand, choice = self._current_demand(), self._choose_prefill()
         if choice is None:
             self._retry(reserved.attempt)
             return
-        self._prospect = self._prospect_at(choice)
-        log.debug("prefill goes to %s", choice)
+        self._placings.note_prefill(demand, self._prefill_terms, choice, self._way)
         remember(choice, demand)
         self._path.begin_attempt(choice.worker.instance_id)
         call = partial(
@@ -250,8 +248,7 @@ class Leg:
         self._state = State.ASKED
         # Decode heeds the first retry of an attempt alone, so a second one must ask for the same.
         if attempt != self._retried:
-            self._retried, self._prospect = attempt, self._look_ahead()
-            self._is_local = self._choose_way()
+            self._retried, self._is_local = attempt, self._choose_way()
             self._asked_s = self._clock()
         self._stream.retry(attempt, local_prefill=self._is_local)
 
@@ -271,32 +268,27 @@ class Leg:
             )
         return self._demand
 
-    def _look_ahead(self) -> Prospect | None:
-        """What is known of computing the prompt; None: no prefill worker is alive."""
-        terms = PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
-        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], self._current_demand(), terms)
-        return None if choice is None else self._prospect_at(choice)
+    @property
+    def _prefill_terms(self) -> PrefillTerms:
+        return PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
 
-    def _prospect_at(self, choice: Choice) -> Prospect:
-        """With that prefill worker."""
-        demand, worker = self._current_demand(), choice.worker
-        # Prompt log-probabilities are of positions that have to be computed, wherever.
-        is_read = self._request.num_prompt_logprobs is None
-        return Prospect(
-            kind=self.identity.kind,
-            num_local_tokens=demand.num_uncached_tokens(self._worker, self._num_cached_blocks * is_read),
-            num_remote_tokens=demand.num_uncached_tokens(worker, choice.num_cached_blocks * is_read),
-            num_running=self._worker.load.num_running,
-            remote_wait_ms=worker.pace * worker.work,
-        )
+    def _choose_prefill(self) -> Choice | None:
+        """The prefill worker that would be done first, and what is to be expected of it; None: none is alive."""
+        demand = self._current_demand()
+        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], demand, self._prefill_terms)
+        reads_cache = self._request.num_prompt_logprobs is None
+        self._prospect = prospect_of(demand, self._worker, self._num_cached_blocks, choice, reads_cache=reads_cache)
+        return choice
 
     def _choose_way(self) -> bool:
         """Whether decode is to compute the prompt."""
-        way = self._local_prefill.choose(self._prospect)
-        log.debug("the prompt's KV is computed %s", way)
+        self._choose_prefill()
+        way = self._way = self._local_prefill.choose(self._prospect)
         self._metrics.prefill_ways.labels(way=way.name, reason=way.reason.value).inc()
         if way.crossover_tokens is not None:
             self._metrics.local_crossover_tokens.set(way.crossover_tokens)
+        if way.is_local:
+            self._placings.note_prefill(self._current_demand(), self._prefill_terms, None, way)
         return way.is_local
 
     def _note_first_token(self) -> None:

@@ -26,7 +26,8 @@ from typing import NamedTuple
 
 from common.clock import Clock
 from router.fit import LinearFit
-from router.workers import Kind
+from router.placement import Choice, Demand
+from router.workers import Kind, Worker
 
 EXPLORE_EVERY = 32
 # Of this many requests about, a line is made; of so many at least.
@@ -40,6 +41,8 @@ NEAR = 2.0
 STALE_S = 600.0
 # What takes longer than so many times as expected counts as this: a pair was made, a worker stood still.
 OUTLIER = 4.0
+# A crossover in tokens that no prompt reaches.
+ALL_PROMPTS = float(2**32 - 1)
 
 
 class Mode(Enum):
@@ -74,6 +77,25 @@ class Prospect(NamedTuple):
     remote_wait_ms: float = 0.0
 
 
+def prospect_of(
+    demand: Demand, decode: Worker, num_cached_blocks: int, prefill: Choice | None, *, reads_cache: bool
+) -> Prospect | None:
+    """Of a request at that decode worker, which holds so many blocks of it; None: no prefill worker is alive.
+
+    `reads_cache`: prompt log-probabilities are of positions that have to be computed, whatever is cached.
+    """
+    if prefill is None or decode.kind is None:
+        return None
+    worker = prefill.worker
+    return Prospect(
+        kind=decode.kind,
+        num_local_tokens=demand.num_uncached_tokens(decode, num_cached_blocks * reads_cache),
+        num_remote_tokens=demand.num_uncached_tokens(worker, prefill.num_cached_blocks * reads_cache),
+        num_running=decode.load.num_running,
+        remote_wait_ms=worker.pace * worker.work,
+    )
+
+
 class Way(NamedTuple):
     """Where a prompt is computed, and why. Milliseconds are None while they are not measured."""
 
@@ -83,8 +105,13 @@ class Way(NamedTuple):
     local_ms: float | None = None
     harm_ms: float | None = None
     remote_ms: float | None = None
-    # Of a prompt of which nothing is cached: shorter ones would be LOCAL. 0: none, infinite: all.
+    # Uncached prompts that are shorter would be LOCAL. 0: none, ALL_PROMPTS: all.
     crossover_tokens: float | None = None
+
+    def __str__(self) -> str:
+        times = {"local": self.local_ms, "others' waiting": self.harm_ms, "remote": self.remote_ms}
+        told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items() if ms is not None)
+        return f"{self.name} ({self.reason.value}; {told or 'nothing is measured'})"
 
     @property
     def name(self) -> str:
@@ -195,4 +222,4 @@ def _crossover(lines: _Lines, prospect: Prospect) -> float:
     closing_ms = lines.local.slope + prospect.num_running * lines.compute.slope - MARGIN * lines.remote.slope
     if lead_ms <= 0:
         return 0.0
-    return lead_ms / closing_ms if closing_ms > 0 else float("inf")
+    return min(lead_ms / closing_ms, ALL_PROMPTS) if closing_ms > 0 else ALL_PROMPTS

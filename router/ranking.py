@@ -81,6 +81,10 @@ class Ranking:
         """Of the workers that take new work."""
         return [kind for kind, lane in self._lanes.items() if lane]
 
+    def first(self, number: int) -> list[Worker]:
+        """Of each kind so many of the cheapest."""
+        return [rank[-1] for lane in self._lanes.values() for rank in (*lane.paced[:number], *lane.unpaced[:number])]
+
     def lane(self, kind: Kind) -> Lane:
         return self._lanes.get(kind) or Lane()
 
