@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # Requests whose placing is remembered, and of each choice so many candidates, the cheapest.
 MAX_REQUESTS = 256
-MAX_CANDIDATES = 32
+MAX_CANDIDATES = 16
 
 
 class Candidate(NamedTuple):

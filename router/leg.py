@@ -287,11 +287,13 @@ class Leg:
         self._metrics.prefill_ways.labels(way=way.name, reason=way.reason.value).inc()
         if way.crossover_tokens is not None:
             self._metrics.local_crossover_tokens.set(way.crossover_tokens)
+        self._share.compute(self._prospect.num_local_tokens if way.is_local and self._prospect else 0)
         if way.is_local:
             self._placings.note_prefill(self._current_demand(), self._prefill_terms, None, way)
         return way.is_local
 
     def _note_first_token(self) -> None:
+        self._share.compute(0)
         if self._prospect is not None:
             seconds = max(0.0, self._clock() - self._asked_s - self._queue_s)
             self._local_prefill.first_token(self._prospect, is_local=self._is_local, seconds=seconds)

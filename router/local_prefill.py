@@ -6,7 +6,8 @@ The aim is the least waiting of all users together. A prompt that a prefill work
 
 and one that decode computes also those whose sequences run there, since a chunk goes between two of their steps:
 
-    local_ms  = local(uncached tokens) + sequences running × compute(uncached tokens)
+    local_ms  = what waits to be computed at decode + local(uncached tokens)
+                + sequences running × compute(uncached tokens)
 
 `remote`, `local` and `compute` are lines through what this router has measured of its own requests, for each model
 apart: from asking decode for an attempt until its first token, less the wait for blocks; and the time that decode says
@@ -71,6 +72,8 @@ class Prospect(NamedTuple):
     # Prompt tokens that decode has not cached, and that the prefill worker has not, as far as this router knows.
     num_local_tokens: int
     num_remote_tokens: int
+    # Prompt tokens that decode is to compute before.
+    num_waiting_tokens: int = 0
     # In decode's batch.
     num_running: int = 0
     # Until the prefill worker has computed what waits there.
@@ -91,6 +94,7 @@ def prospect_of(
         kind=decode.kind,
         num_local_tokens=demand.num_uncached_tokens(decode, num_cached_blocks * reads_cache),
         num_remote_tokens=demand.num_uncached_tokens(worker, prefill.num_cached_blocks * reads_cache),
+        num_waiting_tokens=decode.num_waiting_tokens,
         num_running=decode.load.num_running,
         remote_wait_ms=worker.pace * worker.work,
     )
@@ -127,6 +131,10 @@ class _Lines:
         self.remote = LinearFit(MEMORY)
         self.local_seen_s = self.remote_seen_s = now_s
         self.num_explorable = 0
+
+    def wait_ms(self, prospect: Prospect) -> float:
+        """Until decode has computed what waits there."""
+        return self.compute.slope * prospect.num_waiting_tokens
 
     @property
     def knows_local(self) -> bool:
@@ -165,7 +173,7 @@ class LocalPrefill:
         lines = self._lines_of(prospect.kind)
         local_ms = harm_ms = remote_ms = None
         if lines.knows_local:
-            local_ms = lines.local.at(prospect.num_local_tokens)
+            local_ms = lines.wait_ms(prospect) + lines.local.at(prospect.num_local_tokens)
             harm_ms = prospect.num_running * lines.compute.at(prospect.num_local_tokens)
         if lines.knows_remote:
             remote_ms = prospect.remote_wait_ms + lines.remote.at(prospect.num_remote_tokens)
@@ -181,7 +189,7 @@ class LocalPrefill:
         lines, ms = self._lines_of(prospect.kind), seconds * 1e3
         if is_local:
             lines.local_seen_s = self._clock()
-            _learn(lines.local, prospect.num_local_tokens, ms)
+            _learn(lines.local, prospect.num_local_tokens, max(0.0, ms - lines.wait_ms(prospect)))
         else:
             lines.remote_seen_s = self._clock()
             _learn(lines.remote, prospect.num_remote_tokens, max(0.0, ms - prospect.remote_wait_ms))
@@ -218,7 +226,7 @@ def _learn(line: LinearFit, num_tokens: int, ms: float) -> None:
 def _crossover(lines: _Lines, prospect: Prospect) -> float:
     """Where MARGIN times the line of remote meets that of local, with what runs and waits for this prompt."""
     lead_ms = MARGIN * (lines.remote.at_zero + prospect.remote_wait_ms)
-    lead_ms -= lines.local.at_zero + prospect.num_running * lines.compute.at_zero
+    lead_ms -= lines.wait_ms(prospect) + lines.local.at_zero + prospect.num_running * lines.compute.at_zero
     closing_ms = lines.local.slope + prospect.num_running * lines.compute.slope - MARGIN * lines.remote.slope
     if lead_ms <= 0:
         return 0.0

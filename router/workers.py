@@ -262,6 +262,11 @@ class Worker:
         self._num_uncounted_blocks -= share.num_blocks
         self._reckon()
 
+    def move_tokens(self, num_tokens: int) -> None:
+        """So many more have to be computed there, of what this router's requests take."""
+        self._num_tokens += num_tokens
+        self._reckon()
+
     def give_back(self, share: Share) -> None:
         self._num_seqs -= 1
         self._num_blocks -= share.num_blocks
@@ -284,6 +289,11 @@ class Share:
         if not self._is_counted:
             self._is_counted = True
             self.worker.count(self)
+
+    def compute(self, num_tokens: int) -> None:
+        """So many of its tokens are to be computed there from now on, in the place of what was said before."""
+        self.worker.move_tokens(num_tokens - self.num_tokens)
+        self.num_tokens = num_tokens
 
     def end(self) -> None:
         """Safe to repeat."""

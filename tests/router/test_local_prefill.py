@@ -7,7 +7,7 @@ import pytest
 from common.clock import FakeClock
 from pdserve.v1 import types_pb2
 from router.local_prefill import ENOUGH, EXPLORE_EVERY, STALE_S, LocalPrefill, Mode, Prospect, Reason, Way
-from tests.fakes.cluster import FakeCluster
+from tests.fakes.cluster import FakeCluster, Reply, eventually
 
 KIND = ("fingerprint", 1)
 NUM_LEARNING = 40 * EXPLORE_EVERY
@@ -112,6 +112,13 @@ def test_a_queue_at_prefill_lets_decode_compute_longer_prompts():
     assert deployment.judge(200, remote_wait_ms=100.0).is_local
 
 
+def test_prompts_that_decode_has_yet_to_compute_count_as_waiting():
+    deployment = Deployment()
+    deployment.learn()
+    assert deployment.judge(30).is_local
+    assert not deployment.judge(30, num_waiting_tokens=200).is_local
+
+
 def test_what_decode_has_cached_need_not_be_computed_there():
     deployment = Deployment()
     deployment.learn()
@@ -173,6 +180,21 @@ async def test_a_prompt_is_computed_at_prefill_where_that_is_quicker():
         path = (await cluster.generate(max_tokens=2)).completion.path
         assert path.kv_path == types_pb2.KV_PATH_REMOTE
         assert _ways(cluster, "remote", "less_waiting") == 1
+
+
+async def test_prompts_that_wait_at_decode_send_the_next_one_to_prefill():
+    async with FakeCluster().running() as cluster:
+        await _measure(cluster, local_ms=8.0, remote_ms=20.0)
+        policy, decode = cluster.router.parts.local_prefill, cluster.router.fleet.decode[0]
+        for num_tokens in (100, 200, 300):
+            policy.computed(decode.kind, num_tokens, 0.1 * num_tokens)
+        cluster.decode.go.clear()
+        calls = [cluster.start([n] * 320, max_tokens=1) for n in range(3)]
+        await eventually(lambda: len(cluster.prefill.requests) == 2)
+        cluster.decode.go.set()
+        paths = [(await Reply.of(call)).completion.path.kv_path for call in calls]
+        assert sorted(paths) == [types_pb2.KV_PATH_REMOTE, types_pb2.KV_PATH_REMOTE, types_pb2.KV_PATH_LOCAL]
+        assert decode.num_waiting_tokens == 0
 
 
 async def test_local_because_nobody_else_is_alive_is_told_apart():
