@@ -248,7 +248,13 @@ class Matrix:
 def started(*, num_decode: int = 2, hosts: Sequence[network.Host] = (), pair_endpoint: str = "") -> Iterator[Cluster]:
     decode_args = ["--max-num-seqs", str(NUM_PLACES), *(("--pair-endpoint", pair_endpoint) if pair_endpoint else ())]
     with running_cluster(
-        num_decode=num_decode, num_routers=2, worker_args=WORKER_ARGS, decode_args=decode_args, hosts=hosts
+        num_decode=num_decode,
+        num_routers=2,
+        worker_args=WORKER_ARGS,
+        decode_args=decode_args,
+        # A fault of prefill needs requests that are there.
+        router_args=["--local-prefill", "never"],
+        hosts=hosts,
     ) as cluster:
         yield cluster
 

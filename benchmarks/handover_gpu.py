@@ -61,11 +61,12 @@ def measure_all(
     report: Report, shape: Shape, device: str, transport: str, lengths: Sequence[int], repeats: int
 ) -> None:
     model = ["--model", shape.folder]
+    router = [*model, "--local-prefill", "never"]
     worker = [*model, "--load-format", "dummy", "--device", device, "--kv-transports", transport]
     worker += ["--max-num-seqs", "16", "--gpu-memory-fraction", "0.3"]
     started_s = time.monotonic()
     with running_services(
-        prefill_args=worker, decode_args=[*worker, "--decode-pipeline", "disabled"], router_args=model, ready_s=READY_S
+        prefill_args=worker, decode_args=[*worker, "--decode-pipeline", "disabled"], router_args=router, ready_s=READY_S
     ) as services:
         print(f"  ready after {time.monotonic() - started_s:.1f} s", flush=True)
         for length in lengths:

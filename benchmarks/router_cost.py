@@ -56,7 +56,11 @@ async def direct(services: Services, texts: list[str]) -> float:
 def run() -> None:
     report = Report("router-cost", "64 streams through the router and without it, bundled model")
     texts = prompts(STREAMS)
-    with running_services(prefill_args=["--num-threads", "1"], decode_args=["--num-threads", "1"]) as services:
+    with running_services(
+        prefill_args=["--num-threads", "1"],
+        decode_args=["--num-threads", "1"],
+        router_args=["--local-prefill", "never"],
+    ) as services:
         asyncio.run(direct(services, texts))
         asyncio.run(through_router(services, texts))
         pairs = [

@@ -104,6 +104,12 @@ class RouterConfig(ServiceConfig):
         "workers of one role up to which a router watches all; of more, as many as give each worker 12 to 24 routers",
         minimum=1,
     )
+    local_prefill: str = setting(
+        "auto",
+        "prompts that decode computes itself while prefill workers are alive; auto: those for which all users together "
+        "wait less, as measured",
+        choices=("auto", "never", "always"),
+    )
     max_request_s: float = setting(600.0, "deadline of a request whose client sets none, in seconds", above=0)
     max_queue_requests: int = setting(1024, "requests that may queue; one more is RESOURCE_EXHAUSTED", minimum=1)
     max_queue_tokens: int = setting(1_000_000, "prompt tokens that may queue; more is RESOURCE_EXHAUSTED", minimum=1)

@@ -6,7 +6,7 @@ A TOML file with up to three sections, one for each kind of caller. Each line is
     alice = "sha256:5f2b…"             # shows the token with this hash: `pdserve token alice` makes both
     [services]                         # Decode, Prefill, ConnectPair, WatchLoad: routers and prefill workers
     router = "certificate"             # shows a certificate made out to this name (mTLS)
-    [operators]                        # Drain, SetPipeline, GetPipelineStats, ListWorkers, and what clients may
+    [operators]                        # Drain, SetPipeline, GetPipelineStats, ListWorkers, Explain; what clients may
     ops = "sha256:9c1e…"
     guest = "anyone"                   # nobody has to show anything
 
@@ -65,6 +65,7 @@ ALLOWED: dict[str, frozenset[Kind] | None] = {
     "/pdserve.v1.RouterService/Generate": _USERS,
     "/pdserve.v1.RouterService/GetModel": _USERS,
     "/pdserve.v1.RouterService/ListWorkers": _OPERATORS,
+    "/pdserve.v1.RouterService/Explain": _OPERATORS,
     "/pdserve.v1.PrefillService/Prefill": _SERVICES,
     "/pdserve.v1.DecodeService/Decode": _SERVICES,
     "/pdserve.v1.DecodeService/ConnectPair": _SERVICES,

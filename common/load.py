@@ -32,6 +32,7 @@ class Load(NamedTuple):
     num_reserved: int = 0
     num_waiting_tokens: int = 0
     step_ms: float = 0.0
+    token_ms: float = 0.0
     pressure: tuple[PressureReason, ...] = ()
 
     def differs_much_from(self, other: Load) -> bool:
@@ -43,6 +44,24 @@ class Load(NamedTuple):
             or self.pressure != other.pressure
             or abs(self.num_free_blocks - other.num_free_blocks) * 20 > max(other.num_free_blocks, 1)
         )
+
+
+class TokenPace:
+    """What one prompt token takes, in milliseconds: over recent steps, each weighing as much as it has tokens."""
+
+    def __init__(self) -> None:
+        self._mean_ms = 0.0
+        self._mean_tokens = 0.0
+
+    def record(self, ms: float, num_tokens: int) -> None:
+        """A step of so many tokens took this long."""
+        self._mean_ms += NEWEST * (ms - self._mean_ms)
+        self._mean_tokens += NEWEST * (num_tokens - self._mean_tokens)
+
+    @property
+    def token_ms(self) -> float:
+        """0 before the first step."""
+        return self._mean_ms / self._mean_tokens if self._mean_tokens else 0.0
 
 
 class StepTimer:

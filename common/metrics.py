@@ -67,6 +67,15 @@ class RouterMetrics(Metrics):
         )
         self.workers = new.gauge("workers", "Workers as this router sees them.", "role", "state")
         self.degraded = new.gauge("degraded", "1 while no prefill worker is alive: decode workers prefill locally.")
+        self.prefill_ways = new.counter(
+            "prefill_ways",
+            "Prompts given to prefill (remote) or decode workers (local) to compute: degraded, or by choice.",
+            "way",
+            "reason",
+        )
+        self.local_crossover_tokens = new.gauge(
+            "local_crossover_tokens", "Uncached prompts shorter than this are computed by decode, at the latest load."
+        )
         self.queue_s = new.histogram("queue_seconds", "Received until placed.")
         self.held_requests = new.gauge("held_requests", "Of the queue, those held back by pressure on decode alone.")
         self.held_s = new.histogram("held_seconds", "For how long each request that was held back was.")

@@ -18,9 +18,11 @@ from pdserve.request import Options, Prompt, request_to_proto
 from pdserve.results import (
     Chunk,
     Completion,
+    Explanation,
     Model,
     Workers,
     event_from_proto,
+    explanation_from_proto,
     model_from_proto,
     workers_from_proto,
 )
@@ -73,3 +75,18 @@ class Client(Connection):
         with self.failures():
             request = router_pb2.ListWorkersRequest()
             return workers_from_proto(await self._stub.ListWorkers(request, timeout=timeout_s, metadata=self._metadata))
+
+    async def explain(
+        self, prompt: Prompt, *, timeout_s: float = LOOKUP_TIMEOUT_S, **options: Unpack[Options]
+    ) -> Explanation:
+        """How the router would place this prompt at this moment; nothing is generated."""
+        return await self._explain(router_pb2.ExplainRequest(prompt=request_to_proto(prompt, options)), timeout_s)
+
+    async def explain_request(self, request_id: str, *, timeout_s: float = LOOKUP_TIMEOUT_S) -> Explanation:
+        """How it placed a request of late. Raises NotFound when it knows of none."""
+        return await self._explain(router_pb2.ExplainRequest(request_id=request_id), timeout_s)
+
+    async def _explain(self, request: router_pb2.ExplainRequest, timeout_s: float) -> Explanation:
+        with self.failures():
+            response = await self._stub.Explain(request, timeout=timeout_s, metadata=self._metadata)
+        return explanation_from_proto(response)

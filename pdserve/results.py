@@ -102,6 +102,55 @@ class Workers:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that was considered; router.proto explains the fields. `refusal` is empty if it would do."""
+
+    address: str
+    instance_id: str
+    refusal: str
+    detail: str
+    cost: float
+    pace_ms: float
+    num_free_blocks: int
+    num_sequences: int
+    num_waiting_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillWay:
+    """Where a prompt is computed, and why; times are None while too little is measured."""
+
+    is_local: bool
+    reason: str
+    local_ms: float | None
+    remote_ms: float | None
+    harm_ms: float | None
+    crossover_tokens: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """One choice of a worker. `chosen` is empty when none would do, and when decode computes the prompt itself."""
+
+    role: str
+    chosen: str
+    age_s: float
+    num_tokens: int
+    candidates: tuple[Candidate, ...]
+    num_more_candidates: int
+    way: PrefillWay | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How a request was placed, or would be; oldest choice first."""
+
+    placings: tuple[Placing, ...]
+    num_queued_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineStats:
     """The attention/FFN pipeline of a decode worker; decode.proto explains the fields."""
 
@@ -169,6 +218,10 @@ def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
     return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded)
 
 
+def explanation_from_proto(message: router_pb2.ExplainResponse) -> Explanation:
+    return Explanation(tuple(map(_placing_from_proto, message.placings)), message.num_queued_requests)
+
+
 def pipeline_stats_from_proto(message: decode_pb2.GetPipelineStatsResponse) -> PipelineStats:
     mode = _name(decode_pb2.PipelineMode, message.mode, "PIPELINE_MODE_")
     return PipelineStats(**_fields(PipelineStats, message) | {"mode": mode})
@@ -185,6 +238,29 @@ def _worker_from_proto(message: router_pb2.Worker) -> Worker:
     state = _name(types_pb2.WorkerState, message.state, "WORKER_STATE_")
     pressure = tuple(_name(types_pb2.PressureReason, one, "PRESSURE_REASON_") for one in message.pressure)
     return Worker(**_fields(Worker, message) | {"role": role, "state": state, "pressure": pressure})
+
+
+def _placing_from_proto(message: router_pb2.Placing) -> Placing:
+    return Placing(
+        **_fields(Placing, message)
+        | {
+            "role": _name(types_pb2.Role, message.role, "ROLE_"),
+            "candidates": tuple(map(_candidate_from_proto, message.candidates)),
+            "way": _way_from_proto(message.way) if message.HasField("way") else None,
+        }
+    )
+
+
+def _candidate_from_proto(message: router_pb2.Candidate) -> Candidate:
+    refusal = _name(router_pb2.Refusal, message.refusal, "REFUSAL_") if message.refusal else ""
+    return Candidate(**_fields(Candidate, message) | {"refusal": refusal})
+
+
+def _way_from_proto(message: router_pb2.PrefillWay) -> PrefillWay:
+    measured = ("local_ms", "remote_ms", "harm_ms", "crossover_tokens")
+    unset = {name: None for name in measured if not message.HasField(name)}
+    reason = _name(router_pb2.PrefillWayReason, message.reason, "PREFILL_WAY_REASON_")
+    return PrefillWay(**_fields(PrefillWay, message) | {"reason": reason} | unset)
 
 
 def _fields(cls: type, message: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from common.engine.prefill_step import FirstToken
 from common.engine.prefiller import Prefiller
 from common.engine.streams import mark
 from common.errors import Aborted, DataLoss, DeadlineExceeded, Internal, InvalidArgument, PdserveError, Unavailable
-from common.load import Load, StepTimer
+from common.load import Load, StepTimer, TokenPace
 from common.metrics import PrefillMetrics
 from common.sequence import Sequence
 from common.transport.messages import AttemptKey, AttemptOutcome, Commit, TransferStatus
@@ -74,6 +74,7 @@ class PrefillEngine(EngineLoop):
         self._metrics = metrics
         self._on_load = on_load
         self._step_timer = StepTimer(clock)
+        self._pace = TokenPace()
         # Every task whose blocks are not back in the pool yet.
         self._tasks: dict[Sequence, Task] = {}
 
@@ -102,9 +103,11 @@ class PrefillEngine(EngineLoop):
                 self._give_up(self._tasks[sequence], first_token)
             else:
                 self._commit(self._tasks[sequence], first_token)
+        num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        self._pace.record(self._step_timer.last_ms, num_tokens)
         self._metrics.step_s.observe(self._step_timer.last_ms / 1e3)
         self._metrics.batch_size.observe(len(chunks))
-        self._metrics.computed_tokens.inc(sum(chunk.end - chunk.start for chunk in chunks))
+        self._metrics.computed_tokens.inc(num_tokens)
 
     def idle(self) -> None:
         self._drop_hopeless()
@@ -121,6 +124,7 @@ class PrefillEngine(EngineLoop):
                 num_waiting=self.scheduler.num_waiting,
                 num_waiting_tokens=self.scheduler.num_waiting_tokens,
                 step_ms=self._step_timer.mean_ms,
+                token_ms=self._pace.token_ms,
             )
         )
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from common.clock import Clock
 from common.errors import PdserveError, Unavailable
 from common.metrics import RouterMetrics
+from router.explanation import PlacementLog
 from router.failures import Failures
 from router.fleet import Fleet
 from router.hold import Hold
-from router.placement import Choice, Demand, choose_decode, remember
+from router.placement import Choice, DecodeTerms, Demand, choose_decode, remember
 from router.queue import Dropped, RequestQueue, Ticket
 from router.request import Request
-from router.workers import Identity, Share, Worker
+from router.workers import Identity, Role, Share, Worker
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Placement(NamedTuple):
     identity: Identity
     share: Share
     demand: Demand
+    num_cached_blocks: int
 
 
 class _Waiting(NamedTuple):
@@ -46,9 +48,12 @@ class _Waiting(NamedTuple):
 class Dispatcher:
     """Belongs to the event loop. `wake` it whenever a worker may have more room."""
 
-    def __init__(self, queue: RequestQueue, fleet: Fleet, metrics: RouterMetrics, clock: Clock) -> None:
+    def __init__(
+        self, queue: RequestQueue, fleet: Fleet, placings: PlacementLog, metrics: RouterMetrics, clock: Clock
+    ) -> None:
         self.queue = queue
         self._fleet = fleet
+        self._placings = placings
         self._metrics = metrics
         self._clock = clock
         # Runs while whoever is next would have a worker, were it not under pressure.
@@ -69,7 +74,7 @@ class Dispatcher:
         """
         if not self._fleet.can_serve:
             raise self._nobody_serves()
-        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)
+        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt, request_id=request.request_id)
         if not len(self.queue) and (placement := self._place_now(demand)):
             self.queue.passed_by(request)
             return placement
@@ -143,17 +148,21 @@ class Dispatcher:
         return ticket
 
     def _place_now(self, demand: Demand, exclude: Sequence[Worker] = (), *, anywhere: bool = False) -> Placement | None:
-        choice = self._choose(demand, exclude=exclude, only_with_room=not anywhere, heed_pressure=not anywhere)
-        return None if choice is None else self._take(choice, demand)
-
-    def _choose(self, demand: Demand, **options: Any) -> Choice | None:
-        return choose_decode(self._fleet.decode, demand, prefill_kinds=self._fleet.prefill_kinds, **options)
+        terms = DecodeTerms(
+            self._fleet.prefill_kinds, exclude=exclude, only_with_room=not anywhere, heed_pressure=not anywhere
+        )
+        choice = choose_decode(self._fleet.ranking[Role.DECODE], demand, terms)
+        if choice is None:
+            return None
+        self._placings.note_decode(demand, terms, choice)
+        return self._take(choice, demand)
 
     def _note_hold(self) -> None:
         """Is it the end of pressure that whoever is next waits for? Then there is a worker that has room."""
         head, choice = self.queue.head, None
         if head is not None:
-            choice = self._choose(self._waiting[head].demand, heed_pressure=False)
+            terms = DecodeTerms(self._fleet.prefill_kinds, heed_pressure=False)
+            choice = choose_decode(self._fleet.ranking[Role.DECODE], self._waiting[head].demand, terms)
         if choice is not None and not self._hold.is_on:
             self._hold.begin()
             reasons = ", ".join(reason.name for reason in choice.worker.load.pressure)
@@ -162,13 +171,12 @@ class Dispatcher:
             log.info("prompts are no longer held back, after %.3f s", self._hold.end())
 
     def _take(self, choice: Choice, demand: Demand) -> Placement:
-        log.debug("decode goes to %s", choice)
         remember(choice, demand)
         identity = choice.worker.identity
         assert identity is not None, "a serving worker has been met"
         num_blocks = demand.num_blocks(identity) - choice.num_cached_blocks
         share = choice.worker.take(num_blocks=num_blocks)
-        return Placement(choice.worker, choice.worker.generation, identity, share, demand)
+        return Placement(choice.worker, choice.worker.generation, identity, share, demand, choice.num_cached_blocks)
 
     def _arm(self) -> None:
         if self._sweep is None and len(self.queue):

@@ -20,10 +20,11 @@ from common.tls import Tls
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc
 from router.directory import Directory, LookUp, look_up
 from router.failures import DRAINING, HANDED_OVER
-from router.placement import Kind, usable_workers
+from router.placement import usable_workers
+from router.ranking import Ranking
 from router.subset import SubsetSize, subset
 from router.watch import Watch
-from router.workers import Role, Worker, WorkerState
+from router.workers import Kind, Role, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class Fleet:
         self._directories = {Role.PREFILL: Directory(prefill, look_up), Role.DECODE: Directory(decode, look_up)}
         # By address.
         self._members: dict[Role, dict[str, Worker]] = {Role.PREFILL: {}, Role.DECODE: {}}
+        # What placement chooses from.
+        self.ranking = {role: Ranking() for role in Role}
         self._watches: dict[Worker, Watch] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -96,11 +99,14 @@ class Fleet:
 
     @property
     def prefill(self) -> list[Worker]:
-        return list(self._members[Role.PREFILL].values())
+        return self.members(Role.PREFILL)
 
     @property
     def decode(self) -> list[Worker]:
-        return list(self._members[Role.DECODE].values())
+        return self.members(Role.DECODE)
+
+    def members(self, role: Role) -> list[Worker]:
+        return list(self._members[role].values())
 
     @property
     def workers(self) -> list[Worker]:
@@ -196,6 +202,7 @@ class Fleet:
 
     def _join(self, worker: Worker, min_interval_s: float) -> None:
         worker.on_room = self._on_change
+        self.ranking[worker.role].add(worker)
         self._members[worker.role][worker.address] = worker
         self._watches[worker] = Watch(
             worker,
@@ -208,6 +215,7 @@ class Fleet:
 
     def _leave(self, worker: Worker) -> None:
         log.info("worker has left", extra=_about(worker))
+        self.ranking[worker.role].remove(worker)
         del self._members[worker.role][worker.address]
         closing = asyncio.create_task(self._watches.pop(worker).close())
         self._closing.add(closing)

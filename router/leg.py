@@ -5,7 +5,8 @@
                  │                     ▼                          ▼
                  └───────────────── retry(n) ◀──────────── prefill_needed(n)
 
-Without a prefill worker, open and retry ask decode to compute the prompt itself.
+Open and retry ask decode to compute the prompt itself where that is better (`router.local_prefill`), or where no
+prefill worker is alive.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ from router.decode_stream import (
 from router.dispatcher import Placement
 from router.failures import Failures
 from router.inbox import Inbox
+from router.local_prefill import Prospect, prospect_of
 from router.meter import Meter
 from router.output import Ending, Output
 from router.parts import Parts
 from router.path import PathRecord
-from router.placement import Demand, choose_prefill, remember, usable_workers
+from router.placement import Choice, Demand, PrefillTerms, choose_prefill, remember
 from router.prefill_call import prefill
 from router.request import Request
+from router.workers import Role
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,15 @@ class Leg:
         self._clock = parts.clock
         self._inbox: Inbox[Event | PrefillFailed] = Inbox()
         self._state = State.ASKED
-        self._is_local = self._has_no_prefill_worker
+        self._num_cached_blocks = placement.num_cached_blocks
+        self._local_prefill = parts.local_prefill
+        self._placings = parts.placings
+        # When decode was asked for the attempt at hand, and where its prompt is computed.
+        self._asked_s = 0.0
+        self._prospect: Prospect | None = None
+        self._is_local = self._choose_way()
+        # For blocks, of the time since then.
+        self._queue_s = 0.0
         # The last attempt that decode was asked to give up.
         self._retried = 0
         self._attempt: Attempt | None = None
@@ -99,6 +110,7 @@ class Leg:
                 model_fingerprint=self.identity.model_fingerprint,
                 local_prefill=self._is_local,
             )
+            self._asked_s = self._clock()
             stub = self._fleet.decode_stub(self._worker)
             self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._deliver)
             resources.callback(self._stream.close)
@@ -123,6 +135,8 @@ class Leg:
         for event in await self._inbox.take():
             match event:
                 case Chunk(token_ids, logprobs, prompt_logprobs):
+                    if self._state is State.FILLING:
+                        self._note_first_token()
                     self._state = State.RUNNING
                     self._failures.progressed()
                     self._output.push(token_ids, logprobs, prompt_logprobs)
@@ -135,6 +149,7 @@ class Leg:
                 case StreamLost(error):
                     raise error
                 case DecodeCompletion():
+                    self._note_local_prefill(event)
                     return event
         if self._output.stop_string is not None and not self._is_finishing:
             self._is_finishing = True
@@ -175,19 +190,17 @@ class Leg:
     def _begin_attempt(self, reserved: Reserved) -> None:
         self._state = State.FILLING
         self._share.counted()
+        self._queue_s = reserved.queue_ms / 1e3
         self._path.queue_ms += reserved.queue_ms
         self._output.go_on()
         if self._is_local:
             self._path.begin_attempt("")
             return
-        demand = self._current_demand()
-        choice = choose_prefill(
-            self._fleet.prefill, demand, kind=self.identity.kind, avoid=self._failures.prefill_workers
-        )
+        demand, choice = self._current_demand(), self._choose_prefill()
         if choice is None:
             self._retry(reserved.attempt)
             return
-        log.debug("prefill goes to %s", choice)
+        self._placings.note_prefill(demand, self._prefill_terms, choice, self._way)
         remember(choice, demand)
         self._path.begin_attempt(choice.worker.instance_id)
         call = partial(
@@ -235,7 +248,8 @@ class Leg:
         self._state = State.ASKED
         # Decode heeds the first retry of an attempt alone, so a second one must ask for the same.
         if attempt != self._retried:
-            self._retried, self._is_local = attempt, self._has_no_prefill_worker
+            self._retried, self._is_local = attempt, self._choose_way()
+            self._asked_s = self._clock()
         self._stream.retry(attempt, local_prefill=self._is_local)
 
     def _end_attempt(self) -> None:
@@ -249,12 +263,45 @@ class Leg:
         """The prompt, and on a resumption the output so far."""
         prompt, output = self._request.prompt_token_ids, self._output.token_ids
         if len(self._demand.token_ids) != len(prompt) + len(output):
-            self._demand = Demand([*prompt, *output], cache_salt=self._request.cache_salt)
+            self._demand = Demand(
+                [*prompt, *output], cache_salt=self._request.cache_salt, request_id=self._request.request_id
+            )
         return self._demand
 
     @property
-    def _has_no_prefill_worker(self) -> bool:
-        return not usable_workers(self._fleet.prefill, self.identity.kind)
+    def _prefill_terms(self) -> PrefillTerms:
+        return PrefillTerms(self.identity.kind, avoid=self._failures.prefill_workers)
+
+    def _choose_prefill(self) -> Choice | None:
+        """The prefill worker that would be done first, and what is to be expected of it; None: none is alive."""
+        demand = self._current_demand()
+        choice = choose_prefill(self._fleet.ranking[Role.PREFILL], demand, self._prefill_terms)
+        reads_cache = self._request.num_prompt_logprobs is None
+        self._prospect = prospect_of(demand, self._worker, self._num_cached_blocks, choice, reads_cache=reads_cache)
+        return choice
+
+    def _choose_way(self) -> bool:
+        """Whether decode is to compute the prompt."""
+        self._choose_prefill()
+        way = self._way = self._local_prefill.choose(self._prospect)
+        self._metrics.prefill_ways.labels(way=way.name, reason=way.reason.value).inc()
+        if way.crossover_tokens is not None:
+            self._metrics.local_crossover_tokens.set(way.crossover_tokens)
+        self._share.compute(self._prospect.num_local_tokens if way.is_local and self._prospect else 0)
+        if way.is_local:
+            self._placings.note_prefill(self._current_demand(), self._prefill_terms, None, way)
+        return way.is_local
+
+    def _note_first_token(self) -> None:
+        self._share.compute(0)
+        if self._prospect is not None:
+            seconds = max(0.0, self._clock() - self._asked_s - self._queue_s)
+            self._local_prefill.first_token(self._prospect, is_local=self._is_local, seconds=seconds)
+
+    def _note_local_prefill(self, completion: DecodeCompletion) -> None:
+        if completion.local_prefill_ms and self._prospect is not None:
+            num_tokens = self._prospect.num_local_tokens
+            self._local_prefill.computed(self.identity.kind, num_tokens, completion.local_prefill_ms)
 
     def _left_s(self) -> float:
         left_s = self._request.deadline_s - self._clock()

@@ -8,13 +8,17 @@ from common.clock import Clock
 from common.metrics import RouterMetrics
 from common.tokenization import Tokenizer
 from router.dispatcher import Dispatcher
+from router.explanation import PlacementLog
 from router.fleet import Fleet
+from router.local_prefill import LocalPrefill
 from router.pacer import Pacer
 
 
 class Parts(NamedTuple):
     fleet: Fleet
     dispatcher: Dispatcher
+    local_prefill: LocalPrefill
+    placings: PlacementLog
     pacer: Pacer
     # None: token ids alone go in and out.
     tokenizer: Tokenizer | None

@@ -21,8 +21,10 @@ from common.tokenization import Tokenizer
 from pdserve.v1 import router_pb2_grpc
 from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
+from router.explanation import PlacementLog
 from router.fleet import Fleet
 from router.in_flight import InFlight
+from router.local_prefill import LocalPrefill, Mode
 from router.pacer import Pacer
 from router.parts import Parts
 from router.queue import RequestQueue
@@ -64,9 +66,13 @@ class Router:
         self._queue = RequestQueue(
             max_requests=config.max_queue_requests, max_tokens=config.max_queue_tokens, clock=clock
         )
-        self._dispatcher = Dispatcher(self._queue, self.fleet, self.metrics, clock)
+        placings = PlacementLog(self.fleet, clock)
+        self._dispatcher = Dispatcher(self._queue, self.fleet, placings, self.metrics, clock)
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
-        self.parts = Parts(self.fleet, self._dispatcher, Pacer(), tokenizer, self.metrics, clock)
+        local_prefill = LocalPrefill(Mode(config.local_prefill), clock)
+        self.parts = Parts(
+            self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, clock
+        )
         self._servicer = RouterServicer(config, self.parts, self._in_flight)
         self._mirror_in_metrics()
 

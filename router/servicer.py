@@ -11,16 +11,19 @@ import grpc.aio
 
 from common import logs
 from common.config import RouterConfig
-from common.errors import DeadlineExceeded, Unavailable
+from common.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from common.identities import CALLER
 from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
+from router.explanation import Candidate, Placing, explain
 from router.fleet import ServedModel
 from router.in_flight import InFlight
 from router.intake import Intake
+from router.local_prefill import Reason, Way
 from router.output import FinishReason, Piece
 from router.parts import Parts
+from router.placement import Demand, Refusal
 from router.record import Record
 from router.request import Arrival
 from router.session import Completed, Session
@@ -33,6 +36,8 @@ _KV_PATHS = {
     KvPath.RECOMPUTED: types_pb2.KV_PATH_RECOMPUTED,
     KvPath.CACHED: types_pb2.KV_PATH_CACHED,
 }
+_REFUSALS = {one: router_pb2.Refusal.Value(f"REFUSAL_{one.name}") for one in Refusal}
+_WAY_REASONS = {one: router_pb2.PrefillWayReason.Value(f"PREFILL_WAY_REASON_{one.name}") for one in Reason}
 _ROLES = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.ROLE_DECODE}
 _STATES = {
     WorkerState.SERVING: types_pb2.WORKER_STATE_SERVING,
@@ -52,12 +57,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._intake = Intake(parts.tokenizer, model_id=config.model_id, max_prompt_tokens=config.max_prompt_tokens)
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        now_s = self._parts.clock()
-        left_s = context.time_remaining()
-        timeout_s = self._config.max_request_s if left_s is None else left_s
-        caller = CALLER.get()
-        client = caller.name if caller and caller.name else client_of(context.peer())
-        arrival = Arrival(client, received_s=now_s, deadline_s=now_s + timeout_s, caller=caller)
+        arrival = self._arrival(context)
+        timeout_s = arrival.deadline_s - arrival.received_s
         record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
         with record, _as_deadline_exceeded(timeout_s):
             record.request_id = self._intake.check(request)
@@ -87,6 +88,37 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             for worker in sorted(role, key=lambda worker: worker.address)
         ]
         return router_pb2.ListWorkersResponse(workers=map(_worker, workers), degraded=self._fleet.is_degraded)
+
+    async def Explain(
+        self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ExplainResponse:
+        match request.WhichOneof("subject"):
+            case "request_id":
+                placings = self._parts.placings.of(request.request_id)
+            case "prompt":
+                placings = await self._explain(request.prompt, self._arrival(context))
+            case _:
+                raise InvalidArgument("one of prompt and request_id must be set", field="subject")
+        now_s = self._parts.clock()
+        return router_pb2.ExplainResponse(
+            placings=[_placing(placing, now_s) for placing in placings],
+            num_queued_requests=len(self._parts.dispatcher.queue),
+        )
+
+    async def _explain(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> list[Placing]:
+        parts = self._parts
+        request = await self._intake.admit(message, self._model(), self._intake.check(message), arrival)
+        demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)
+        reads_cache = request.num_prompt_logprobs is None
+        return list(explain(demand, self._fleet, parts.local_prefill, parts.placings, reads_cache=reads_cache))
+
+    def _arrival(self, context: grpc.aio.ServicerContext) -> Arrival:
+        now_s = self._parts.clock()
+        left_s = context.time_remaining()
+        timeout_s = self._config.max_request_s if left_s is None else left_s
+        caller = CALLER.get()
+        client = caller.name if caller and caller.name else client_of(context.peer())
+        return Arrival(client, received_s=now_s, deadline_s=now_s + timeout_s, caller=caller)
 
     async def _generate(
         self,
@@ -176,3 +208,24 @@ def _worker(worker: Worker) -> router_pb2.Worker:
         model_fingerprint=identity.model_fingerprint if identity else "",
         pressure=pressure_to_proto(load.pressure),
     )
+
+
+def _placing(placing: Placing, now_s: float) -> router_pb2.Placing:
+    return router_pb2.Placing(
+        role=_ROLES[placing.role],
+        chosen=placing.chosen,
+        age_s=now_s - placing.made_s,
+        num_tokens=placing.num_tokens,
+        candidates=map(_candidate, placing.candidates),
+        num_more_candidates=placing.num_more_candidates,
+        way=None if placing.way is None else _way(placing.way),
+    )
+
+
+def _candidate(candidate: Candidate) -> router_pb2.Candidate:
+    refusal = candidate.refusal and _REFUSALS[candidate.refusal]
+    return router_pb2.Candidate(**{**candidate._asdict(), "refusal": refusal})
+
+
+def _way(way: Way) -> router_pb2.PrefillWay:
+    return router_pb2.PrefillWay(**{**way._asdict(), "reason": _WAY_REASONS[way.reason]})

@@ -117,6 +117,7 @@ class Session:
             [*self._request.prompt_token_ids, *self._output.token_ids],
             cache_salt=self._request.cache_salt,
             kind=placement.identity.kind if has_begun else None,
+            request_id=self._request.request_id,
         )
         # A stream that has begun is worth waiting for a worker that comes back.
         wait_s = self._parts.fleet.heartbeat_timeout_s if has_begun else 0.0

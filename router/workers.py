@@ -16,11 +16,21 @@ from typing import NamedTuple
 
 from common.errors import Unavailable
 from common.load import Load
+from router.fit import LinearFit
 from router.prefixes import PrefixIndex
 from router.ramp import Ramp
 
 # A step counter must stand still for this many steps of the usual length before it means anything.
 WEDGED_STEPS = 20
+# Load messages that a decode worker's step time is learnt from.
+STEPS_REMEMBERED = 32
+# A pace that has not been seen for this long counts no more: what made a worker slow may be over, and a worker that
+# gets nothing shows nothing.
+PACE_FORGOTTEN_S = 60.0
+
+
+# Model fingerprint and protocol version.
+Kind = tuple[str, int]
 
 
 class Role(Enum):
@@ -51,7 +61,7 @@ class Identity(NamedTuple):
     num_spare_blocks: int = 0
 
     @property
-    def kind(self) -> tuple[str, int]:
+    def kind(self) -> Kind:
         """Workers whose kinds differ never share a request."""
         return self.model_fingerprint, self.protocol_version
 
@@ -91,9 +101,15 @@ class Worker:
         self._ramp = Ramp()
         self._wedged_after_s = wedged_after_s
         self._stepped_s = 0.0
+        # Of a decode worker: milliseconds of a step against sequences in its batch.
+        self._step_ms = LinearFit(STEPS_REMEMBERED)
+        # When it last showed its pace.
+        self._paced_s: float | None = None
         self._on_loss: dict[object, LossCallback] = {}
         # Called when a request of this router has ended there.
         self.on_room: Callable[[], None] = lambda: None
+        # Called when anything that placement reads may have changed.
+        self.on_reckoned: Callable[[], None] = lambda: None
         # What this router's requests take there, and of that, what the worker has not been seen to count yet.
         self._num_seqs = 0
         self._num_blocks = 0
@@ -125,10 +141,35 @@ class Worker:
         self.num_free_blocks = min(told, num_total - self._num_blocks) - load.num_running
         # A sequence more would not have to wait for a place in the batch.
         self.has_place = who is not None and self.num_seqs < who.max_num_seqs and not load.num_waiting
-        # How full it is, in sequences and in blocks: from 0 to 2, or more when it has promised more than it has.
-        self.fullness = self.num_seqs / who.max_num_seqs + 1 - self.num_free_blocks / num_total if who else 0.0
         # Prompt tokens waiting or being computed there.
         self.num_waiting_tokens = max(self._num_tokens, load.num_waiting_tokens)
+        # Milliseconds: of the step that a sequence more would be in (decode), of a prompt token (prefill). 0: unknown.
+        self.pace = self._pace_ms()
+        if self.role is Role.PREFILL:
+            # Tokens to get through before anything new.
+            self.work: float = self.num_waiting_tokens
+        else:
+            # How full it is, in sequences and in blocks: from 1 to 3, or more when it has promised more than it has.
+            self.work = 1 + self.num_seqs / who.max_num_seqs + 1 - self.num_free_blocks / num_total if who else 0.0
+        self.on_reckoned()
+
+    def _pace_ms(self) -> float:
+        if self.role is Role.PREFILL:
+            return 0.0 if self._paced_s is None else self.load.token_ms
+        return self._step_ms.at(self.num_seqs + 1) if self._step_ms.num_observed else 0.0
+
+    def _learn_pace(self, load: Load, now_s: float) -> None:
+        """From a message of the load stream that shows steps with work."""
+        if load.step_counter != self.load.step_counter and load.num_running:
+            self._paced_s = now_s
+            if self.role is Role.DECODE and load.step_ms:
+                self._step_ms.add(load.num_running, load.step_ms)
+        elif self._paced_s is not None and now_s - self._paced_s >= PACE_FORGOTTEN_S:
+            self._forget_pace()
+
+    def _forget_pace(self) -> None:
+        self._paced_s = None
+        self._step_ms = LinearFit(STEPS_REMEMBERED)
 
     def __repr__(self) -> str:
         return f"{self.role.value} {self.address}"
@@ -146,6 +187,9 @@ class Worker:
         """The first message of a new load stream."""
         if self.identity is None or identity.boot_id != self.identity.boot_id:
             self.prefixes = PrefixIndex(identity.num_total_blocks)
+            self._forget_pace()
+            # What it tells of its pace is news to this router.
+            self._paced_s = now_s
         self.identity = identity
         self.generation += 1
         self._stepped_s = now_s
@@ -157,6 +201,7 @@ class Worker:
         has_work = load.num_running or load.num_reserved or load.num_waiting
         if load.step_counter != self.load.step_counter or not has_work:
             self._stepped_s = now_s
+        self._learn_pace(load, now_s)
         self.load, self.num_pairs = load, num_pairs
         self._reckon()
         self._ramp.hear(load, num_coming=self.num_coming, max_num_seqs=self.identity.max_num_seqs)
@@ -217,6 +262,11 @@ class Worker:
         self._num_uncounted_blocks -= share.num_blocks
         self._reckon()
 
+    def move_tokens(self, num_tokens: int) -> None:
+        """So many more have to be computed there, of what this router's requests take."""
+        self._num_tokens += num_tokens
+        self._reckon()
+
     def give_back(self, share: Share) -> None:
         self._num_seqs -= 1
         self._num_blocks -= share.num_blocks
@@ -239,6 +289,11 @@ class Share:
         if not self._is_counted:
             self._is_counted = True
             self.worker.count(self)
+
+    def compute(self, num_tokens: int) -> None:
+        """So many of its tokens are to be computed there from now on, in the place of what was said before."""
+        self.worker.move_tokens(num_tokens - self.num_tokens)
+        self.num_tokens = num_tokens
 
     def end(self) -> None:
         """Safe to repeat."""

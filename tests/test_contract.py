@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Field = descriptor_pb2.FieldDescriptorProto
 
 RPCS = {
-    "RouterService": ["Generate", "GetModel", "ListWorkers"],
+    "RouterService": ["Generate", "GetModel", "ListWorkers", "Explain"],
     "PrefillService": ["Prefill"],
     "DecodeService": ["Decode", "ConnectPair", "GetPipelineStats", "SetPipeline"],
     "WorkerService": ["WatchLoad", "Drain"],

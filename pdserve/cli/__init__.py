@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "generate": "complete one prompt and show how it was served",
     "workers": "list the workers that a router knows",
+    "explain": "say which workers a prompt would go to, or a request went to, and why",
     "stats": "show the attention/FFN pipeline of a decode worker",
     "drain": "take a worker out of service and wait for what it still works on",
     "token": "draw a token for a client or an operator, and the line for the file of identities",

@@ -13,8 +13,12 @@ from tests.support.streams import wait_until_free, wait_until_listed
 
 @pytest.fixture(scope="module")
 def two_of_each() -> Iterator[Cluster]:
-    # In small chunks a prompt is long enough under way to be struck.
-    with running_cluster(num_routers=2, worker_args=["--num-blocks", "1024", "--max-batch-tokens", "32"]) as cluster:
+    # In small chunks a prompt is long enough under way to be struck, and it has to be under way from prefill.
+    with running_cluster(
+        num_routers=2,
+        worker_args=["--num-blocks", "1024", "--max-batch-tokens", "32"],
+        router_args=["--local-prefill", "never"],
+    ) as cluster:
         yield cluster
 
 

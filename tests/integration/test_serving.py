@@ -37,6 +37,17 @@ async def test_without_a_prefill_worker_decode_prefills_locally_and_says_so():
         assert reply.completion.path.kv_bytes == 0
 
 
+async def test_a_prompt_that_decode_computes_by_choice_has_the_same_tokens_and_its_path_says_so():
+    async with RealCluster().running(local_prefill="never") as remote:
+        expected = await remote.generate(PROMPT, max_tokens=12, sampling=GREEDY)
+    async with RealCluster().running(local_prefill="always") as cluster:
+        reply = await cluster.generate(PROMPT, max_tokens=12, sampling=GREEDY)
+        path = reply.completion.path
+        assert reply.token_ids == expected.token_ids
+        assert (path.kv_path, path.prefill_worker, path.kv_bytes) == (types_pb2.KV_PATH_LOCAL, "decode-0", 0)
+        assert not cluster.router.fleet.is_degraded
+
+
 async def test_a_prompt_of_whole_cached_blocks_moves_no_kv():
     async with RealCluster().running() as cluster:
         prompt = list(range(100, 164))

@@ -95,6 +95,42 @@ SEED_FIGURES = decode_pb2.GetPipelineStatsResponse(
 )
 
 
+EXPLANATION = router_pb2.ExplainResponse(
+    placings=[
+        router_pb2.Placing(
+            role=types_pb2.ROLE_DECODE,
+            chosen="10.0.0.2:50053",
+            age_s=3.0,
+            num_tokens=64,
+            candidates=[
+                router_pb2.Candidate(
+                    address="10.0.0.2:50053", instance_id="decode-b", cost=12.5, pace_ms=11.0, num_free_blocks=900
+                ),
+                router_pb2.Candidate(
+                    address="10.0.0.1:50053",
+                    instance_id="decode-a",
+                    refusal=router_pb2.REFUSAL_DRAINING,
+                    detail="it is draining",
+                ),
+            ],
+        ),
+        router_pb2.Placing(
+            role=types_pb2.ROLE_PREFILL,
+            num_tokens=64,
+            way=router_pb2.PrefillWay(
+                is_local=True,
+                reason=router_pb2.PREFILL_WAY_REASON_LESS_WAITING,
+                local_ms=5.0,
+                remote_ms=20.0,
+                harm_ms=1.0,
+                crossover_tokens=90.0,
+            ),
+        ),
+    ],
+    num_queued_requests=2,
+)
+
+
 class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     """Records `requests` and `deadlines_s`; sets `hangs` when a call comes to a HANG and `left` when it ends there.
 
@@ -106,6 +142,8 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
         self.workers = workers
         self.requests: list[router_pb2.GenerateRequest] = []
         self.deadlines_s: list[float | None] = []
+        self.explained: list[router_pb2.ExplainRequest] = []
+        self.explanation = EXPLANATION
         self.hangs = asyncio.Event()
         self.left = asyncio.Event()
         self.health = Health()
@@ -131,6 +169,10 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
 
     async def ListWorkers(self, request, context):
         return self.workers
+
+    async def Explain(self, request, context):
+        self.explained.append(request)
+        return self.explanation
 
     def add_to(self, server) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(self, server)

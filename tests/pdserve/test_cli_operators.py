@@ -147,3 +147,33 @@ async def test_ctrl_c_stops_watching_a_drain(serve, spawn):
     stdout, stderr = await asyncio.wait_for(asyncio.to_thread(process.communicate), 20)
     assert (process.returncode, stdout) == (130, "")
     assert "the drain goes on" in stderr
+
+
+async def test_an_explanation_names_the_chosen_worker_and_why_the_others_were_not(serve, pdserve):
+    exit_code, stdout, _ = await pdserve("explain", "--router", await serve(FakeRouter().add_to), "Once")
+    assert exit_code == 0
+    lines = stdout.splitlines()
+    assert lines[0] == "decode of 64 tokens: 10.0.0.2:50053, 3.0 s ago"
+    assert lines[2].split()[:4] == ["▶", "10.0.0.2:50053", "12.50", "11.000"]
+    assert lines[3].rstrip().endswith("it is draining")
+    assert "decode computes the prompt: all users together wait less" in stdout
+    assert "crossover 90 tokens" in stdout
+    assert lines[-1] == "2 requests would be in front of it in the queue"
+
+
+async def test_a_request_is_explained_by_its_id(serve, pdserve):
+    router = FakeRouter()
+    _, stdout, _ = await pdserve("explain", "--json", "--request", "r-1", "--router", await serve(router.add_to))
+    assert [one.request_id for one in router.explained] == ["r-1"]
+    decode, prefill = json.loads(stdout)["placings"]
+    assert (decode["role"], decode["way"]) == ("DECODE", None)
+    assert set(decode["candidates"][0]) == {field.name for field in router_pb2.Candidate.DESCRIPTOR.fields}
+    assert [one["refusal"] for one in decode["candidates"]] == ["", "DRAINING"]
+    assert prefill["way"] == {
+        "is_local": True,
+        "reason": "LESS_WAITING",
+        "local_ms": 5.0,
+        "remote_ms": 20.0,
+        "harm_ms": 1.0,
+        "crossover_tokens": 90.0,
+    }

@@ -103,6 +103,18 @@ def test_each_layers_blocks_are_shipped_before_the_next_layer_is_computed():
     assert order == [(0, 0, 3), "ffn 0", (1, 0, 3), "ffn 1", (2, 0, 3), "ffn 2"]
 
 
+def test_the_load_tells_what_a_prompt_token_takes():
+    engine = HandTurnedEngine()
+    told = []
+    engine._on_load = told.append
+    module = engine.parts.model.model.layers[0]
+    stage = module.forward_ffn_stage
+    module.forward_ffn_stage = lambda *a: (engine.clock.advance(0.02), stage(*a))[1]
+    engine.begin(range(40))
+    engine.turn_until_idle()
+    assert told[-1].token_ms == pytest.approx(0.5)
+
+
 def test_a_long_prompt_is_shipped_while_it_is_still_computed():
     engine = HandTurnedEngine(max_batch_tokens=32)
     engine.begin(range(70))

@@ -1,10 +1,13 @@
 """Where requests go, and why."""
 
+import random
+
 import pytest
 
 from common.load import Load, PressureReason
-from router.placement import Demand, choose_decode, choose_prefill, remember
-from router.workers import Role, Worker, WorkerState
+from router.placement import DecodeTerms, Demand, PrefillTerms, choose_decode, choose_prefill, remember
+from router.ranking import Ranking
+from router.workers import PACE_FORGOTTEN_S, Role, Worker, WorkerState
 from tests.router.values import identity, worker
 
 KIND = identity().kind
@@ -22,12 +25,13 @@ def _prefill(address: str, num_waiting_tokens: int = 0, **changes: object) -> Wo
 
 
 def _chosen_decode(workers: list[Worker], demand: Demand | None = None, **options: object) -> str | None:
-    choice = choose_decode(workers, demand or Demand(PROMPT), **{"prefill_kinds": {KIND}, **options})
+    terms = DecodeTerms(**{"prefill_kinds": {KIND}, **options})
+    choice = choose_decode(Ranking(workers), demand or Demand(PROMPT), terms)
     return choice.worker.address if choice else None
 
 
 def _chosen_prefill(workers: list[Worker], demand: Demand | None = None, **options: object) -> str | None:
-    choice = choose_prefill(workers, demand or Demand(PROMPT), kind=KIND, **options)
+    choice = choose_prefill(Ranking(workers), demand or Demand(PROMPT), PrefillTerms(KIND, **options))
     return choice.worker.address if choice else None
 
 
@@ -59,9 +63,9 @@ def test_a_prefix_of_another_salt_is_another_prefix():
     assert _chosen_decode(workers, Demand(PROMPT)) == "a"
 
 
-def test_placing_a_request_is_remembered_where_there_is_a_choice():
+def test_placing_a_request_is_remembered():
     workers, demand = [_decode("a"), _decode("b")], Demand(PROMPT)
-    remember(choose_decode(workers, demand, prefill_kinds={KIND}), demand)
+    remember(choose_decode(Ranking(workers), demand, DecodeTerms({KIND})), demand)
     assert (len(workers[0].prefixes), len(workers[1].prefixes)) == (4, 0)
 
 
@@ -150,6 +154,76 @@ def test_a_prefill_worker_that_failed_is_taken_only_when_there_is_no_other():
     assert _chosen_prefill(workers[:1], avoid=workers[:1]) == "a"
 
 
-def test_a_choice_says_what_it_was_made_from():
-    choice = choose_prefill([_prefill("a", 100), _prefill("b", 30)], Demand(PROMPT), kind=KIND)
-    assert str(choice) == "prefill b: 0 blocks were sent there before; a costs 164.000, b costs 94.000"
+def _stepping(address: str, step_ms: float, num_running: int = 1) -> Worker:
+    """A decode worker that has shown what its steps take."""
+    one = _decode(address, IDLE._replace(num_running=num_running))
+    one.hear(WorkerState.SERVING, one.load._replace(step_counter=1, step_ms=step_ms), 0, 0.0)
+    return one
+
+
+def _computing(address: str, token_ms: float, num_waiting_tokens: int = 0) -> Worker:
+    load = Load(token_ms=token_ms, num_waiting_tokens=num_waiting_tokens)
+    return worker(role=Role.PREFILL, address=address, load=load)
+
+
+def test_the_quicker_of_two_decode_workers_gets_the_request():
+    assert _chosen_decode([_stepping("a", 20.0), _stepping("b", 10.0)]) == "b"
+
+
+def test_the_slower_decode_worker_gets_requests_once_the_quicker_one_is_fuller():
+    assert _chosen_decode([_stepping("a", 11.0), _stepping("b", 10.0, num_running=40)]) == "a"
+
+
+def test_a_step_is_expected_to_take_what_a_larger_batch_takes():
+    one = _stepping("a", 10.0, num_running=10)
+    one.hear(WorkerState.SERVING, one.load._replace(step_counter=2, step_ms=20.0, num_running=20), 0, 0.0)
+    assert one.pace == pytest.approx(21.0)
+
+
+def test_a_prompt_goes_where_it_is_done_first_and_not_where_the_fewest_tokens_wait():
+    assert _chosen_prefill([_computing("a", 2.0, 100), _computing("b", 0.5, 300)]) == "b"
+
+
+def test_a_worker_of_unknown_pace_is_tried():
+    assert _chosen_prefill([_computing("a", 2.0), _computing("b", 1.0, 10), _computing("c", 0.0, 5)]) == "c"
+    assert _chosen_decode([_stepping("a", 10.0), _decode("b")]) == "b"
+
+
+def test_a_pace_of_long_ago_counts_no_more():
+    slow = _stepping("a", 100.0)
+    slow.hear(WorkerState.SERVING, IDLE, 0, PACE_FORGOTTEN_S - 1)
+    assert _chosen_decode([slow, _stepping("b", 10.0)]) == "b"
+    slow.hear(WorkerState.SERVING, IDLE, 0, PACE_FORGOTTEN_S)
+    assert _chosen_decode([slow, _stepping("b", 10.0)]) == "a"
+
+
+def test_another_process_at_the_address_has_a_pace_of_its_own():
+    one = _stepping("a", 100.0)
+    one.meet(identity(boot_id="another"), 0.0)
+    assert one.pace == 0.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_order_that_is_kept_finds_what_looking_at_everybody_finds(seed):
+    draw = random.Random(seed)
+    workers = [_computing(f"{n:03}", draw.choice([0.0, 0.5, 1.0, 2.0]), draw.randrange(2000)) for n in range(200)]
+    ranking, demand = Ranking(workers), Demand(PROMPT)
+    for one in draw.sample(workers, 100):
+        one.hear(draw.choice(list(WorkerState)[:2]), one.load._replace(num_waiting_tokens=draw.randrange(2000)), 0, 1.0)
+    for one in draw.sample(workers, 3):
+        one.prefixes.add(demand.hashes(one.cut)[: draw.randrange(1, 5)])
+    costs = [
+        ((one.pace or 0.5) * (one.work + len(PROMPT) - 16 * demand.num_cached_blocks(one)), one.address)
+        for one in workers
+        if one.is_serving
+    ]
+    choice = choose_prefill(ranking, demand, PrefillTerms(KIND))
+    assert (choice.cost, choice.worker.address) == min(costs)
+
+
+def test_a_worker_that_has_left_the_ranking_is_not_found():
+    workers = [_decode("a"), _decode("b")]
+    ranking = Ranking(workers)
+    ranking.remove(workers[0])
+    workers[0].hear(WorkerState.SERVING, IDLE, 0, 1.0)
+    assert choose_decode(ranking, Demand(PROMPT), DecodeTerms({KIND})).worker is workers[1]

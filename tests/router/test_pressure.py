@@ -228,7 +228,7 @@ async def test_a_prompt_that_would_leave_too_few_blocks_free_is_held_back():
         cluster.decode.go.clear()
         calls = [cluster.start([1] * 16 * 49, max_tokens=1)]
         await eventually(lambda: cluster.decode.num_active == 1)
-        calls.append(cluster.start([1] * 16 * 24, max_tokens=1))
+        calls.append(cluster.start([2] * 16 * 24, max_tokens=1))
         await _held(cluster, 1)
         cluster.decode.go.set()
         for call in calls:
