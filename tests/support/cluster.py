@@ -113,7 +113,8 @@ class RealCluster:
                 model=self._model,
                 prefill=tuple(one.address for one in self.prefills) or ("127.0.0.1:1",),
                 decode=tuple(one.address for one in self.decodes) or ("127.0.0.1:1",),
-                **router_settings,
+                # Where a prompt is computed is not to depend on what was measured of this machine.
+                **{"local_prefill": "never", **router_settings},
             )
             self.router = Router(config, Tokenizer.load(self._model))
             await stack.enter_async_context(self.router.running())

@@ -142,7 +142,9 @@ def running_services(
         # However long the workers take to start, a router that is ready has met both: without prefill it would serve,
         # and prompts would be prefilled at decode.
         grace = ("--startup-grace-s", str(2 * ready_s))
-        router = start("router", "--prefill", prefill.address, "--decode", decode.address, *grace, *router_args)
+        # Where a prompt is computed is not to depend on what was measured of this machine.
+        way = ("--local-prefill", "never")
+        router = start("router", "--prefill", prefill.address, "--decode", decode.address, *grace, *way, *router_args)
         for service in (prefill, decode, router):
             service.wait_ready(ready_s)
         yield Services(router, prefill, decode)
