@@ -21,7 +21,8 @@ from router.explanation import PlacementLog
 from router.local_prefill import LocalPrefill, Mode
 from router.placement import DecodeTerms, Demand, PrefillTerms, choose_decode, choose_prefill
 from router.ranking import Ranking
-from router.workers import Identity, Kind, Role, Worker, WorkerState
+from router.workers import Kind, Role, Worker, WorkerState
+from tests.router.values import identity, worker
 
 PROMPT = tuple(range(2000))
 TARGET_MS = 1.0
@@ -33,21 +34,8 @@ def workers(role: Role, count: int) -> list[Worker]:
     draw = random.Random(count)
     made = []
     for number in range(count):
-        identity = Identity(
-            instance_id=f"{role.value}-{number}",
-            boot_id=f"boot-{number}",
-            model_id="model",
-            model_fingerprint="fingerprint",
-            protocol_version=1,
-            context_length=32_768,
-            vocab_size=151_936,
-            block_size=16,
-            num_total_blocks=NUM_BLOCKS,
-            max_num_seqs=256,
-            eos_token_ids=(2,),
-        )
-        one = Worker(role, f"10.0.{number // 256}.{number % 256}:50053", wedged_after_s=10.0)
-        one.meet(identity, 0.0)
+        who = identity(instance_id=f"{role.value}-{number}", num_total_blocks=NUM_BLOCKS, max_num_seqs=256)
+        address = f"10.0.{number // 256}.{number % 256}:50053"
         num_running = draw.randrange(1, 200)
         load = Load(
             step_counter=1,
@@ -57,9 +45,9 @@ def workers(role: Role, count: int) -> list[Worker]:
             step_ms=draw.uniform(0.95, 1.05) * (10 + num_running / 20),
             token_ms=draw.uniform(0.095, 0.105),
         )
-        one.hear(WorkerState.SERVING, load, 1, 0.0)
+        one = worker(who, role=role, address=address, load=load)
         own = PROMPT[: draw.randrange(2000)] if number % 100 == 0 else [number] * draw.randrange(2000)
-        one.prefixes.add(Demand(own).hashes(identity))
+        one.prefixes.add(Demand(own).hashes(who))
         made.append(one)
     return made
 

@@ -6,7 +6,7 @@ Nothing is decided here: `router.placement` and `router.local_prefill` say what 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,8 +30,10 @@ from router.workers import Role, Worker, WorkerState
 
 log = logging.getLogger(__name__)
 
-# Requests whose placing is remembered, and of each choice so many candidates, the cheapest.
+# Request ids whose placing is remembered, of each the latest choices, since clients may use an id again and again, and
+# of each choice so many candidates, the cheapest.
 MAX_REQUESTS = 256
+MAX_PLACINGS = 16
 MAX_CANDIDATES = 16
 
 
@@ -82,7 +84,7 @@ class PlacementLog:
     def __init__(self, fleet: Fleet, clock: Clock) -> None:
         self._fleet = fleet
         self._clock = clock
-        self._by_request: OrderedDict[str, list[Placing]] = OrderedDict()
+        self._by_request: OrderedDict[str, deque[Placing]] = OrderedDict()
 
     def note_decode(self, demand: Demand, terms: DecodeTerms, choice: Choice) -> None:
         """It was chosen, and nothing of the request counts there yet."""
@@ -92,7 +94,7 @@ class PlacementLog:
         """The same; None: decode computes the prompt."""
         self._add(demand, self.explain_prefill(self._some(Role.PREFILL, choice), demand, terms, choice, way))
 
-    def of(self, request_id: str) -> list[Placing]:
+    def of(self, request_id: str) -> Sequence[Placing]:
         """Oldest first. Raises NotFound when none is known."""
         if request_id not in self._by_request:
             raise NotFound(
@@ -151,7 +153,7 @@ class PlacementLog:
 
     def _add(self, demand: Demand, placing: Placing) -> None:
         log.debug("%s", placing)
-        self._by_request.setdefault(demand.request_id, []).append(placing)
+        self._by_request.setdefault(demand.request_id, deque(maxlen=MAX_PLACINGS)).append(placing)
         self._by_request.move_to_end(demand.request_id)
         if len(self._by_request) > MAX_REQUESTS:
             self._by_request.popitem(last=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grpc.aio
 
@@ -105,7 +105,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             num_queued_requests=len(self._parts.dispatcher.queue),
         )
 
-    async def _explain(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> list[Placing]:
+    async def _explain(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> Sequence[Placing]:
         parts = self._parts
         request = await self._intake.admit(message, self._model(), self._intake.check(message), arrival)
         demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)

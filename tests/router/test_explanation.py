@@ -8,7 +8,7 @@ import pytest
 from common.clock import FakeClock
 from common.errors import InvalidArgument, NotFound, Unavailable, from_rpc_error
 from pdserve.v1 import router_pb2, types_pb2
-from router.explanation import MAX_CANDIDATES, MAX_REQUESTS, PlacementLog
+from router.explanation import MAX_CANDIDATES, MAX_PLACINGS, MAX_REQUESTS, PlacementLog
 from router.local_prefill import ENOUGH, Prospect
 from router.placement import Choice, DecodeTerms, Demand
 from router.ranking import Ranking
@@ -124,6 +124,15 @@ async def test_a_local_prompt_is_explained_with_what_both_ways_would_take():
         assert (prefill.chosen, prefill.way.is_local) == ("", True)
         assert prefill.way.reason == router_pb2.PREFILL_WAY_REASON_LESS_WAITING
         assert (prefill.way.local_ms, prefill.way.remote_ms, prefill.way.harm_ms) == pytest.approx((1, 1e5, 0))
+
+
+async def test_a_request_id_that_is_used_again_and_again_is_remembered_by_its_latest_placings():
+    async with FakeCluster().running() as cluster:
+        for _ in range(MAX_PLACINGS):
+            await cluster.generate(PROMPT, request_id="always", max_tokens=1)
+        placings = (await _explain(cluster, "always")).placings
+        assert len(placings) == MAX_PLACINGS
+        assert [one.role for one in placings[-2:]] == [types_pb2.ROLE_DECODE, types_pb2.ROLE_PREFILL]
 
 
 async def test_only_the_latest_requests_are_remembered():
