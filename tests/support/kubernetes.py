@@ -13,13 +13,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tests.support.kubelet import Pod
 from tests.support.manifests import Manifests, Object
+from tests.support.network import Host
 
 # How long cluster DNS keeps an answer; the manifests reckon with it.
 DNS_S = 30
@@ -31,11 +32,19 @@ _HOSTS_BYTES = 2**14
 class Kubernetes:
     """Runs what is `apply`d to it, inside `with`."""
 
-    def __init__(self, *, secrets: Mapping[str, Path] | None = None, claims: Mapping[str, Path] | None = None) -> None:
-        """`secrets`, `claims`: the folders that stand for Secrets and PersistentVolumeClaims, by name."""
+    def __init__(
+        self,
+        *,
+        secrets: Mapping[str, Path] | None = None,
+        claims: Mapping[str, Path] | None = None,
+        hosts: Sequence[Host] = (),
+    ) -> None:
+        """`secrets`, `claims`: the folders that stand for Secrets and PersistentVolumeClaims, by name. `hosts`: a network
+        namespace for each Pod, in the order in which they are made."""
         self._sources = {"secrets": secrets or {}, "claims": claims or {}}
         self._manifests = Manifests()
-        self._addresses = itertools.count(1)
+        self._numbers = itertools.count(1)
+        self._networks = iter(hosts)
         # By workload, in the order of their ordinals.
         self.pods: dict[str, list[Pod]] = {}
         self._leaving: list[threading.Thread] = []
@@ -57,7 +66,13 @@ class Kubernetes:
     ) -> None:
         self._stack.close()
 
-    def apply(self, manifests: Manifests, *, replicas: Mapping[str, int] | None = None) -> None:
+    def apply(
+        self,
+        manifests: Manifests,
+        *,
+        replicas: Mapping[str, int] | None = None,
+        before_start: Callable[[list[Pod]], None] = lambda pods: None,
+    ) -> None:
         """Everything, from nothing; returns when every Pod is ready. `replicas`: others than the manifests'."""
         self._manifests = manifests
         for service in manifests.of_kind("Service"):
@@ -69,11 +84,11 @@ class Kubernetes:
             name = workload["metadata"]["name"]
             count = (replicas or {}).get(name, workload["spec"].get("replicas", 1))
             self.pods[name] = [self._pod(workload, ordinal) for ordinal in range(count)]
-            for pod in self.pods[name]:
-                pod.start()
-        for pods in self.pods.values():
-            for pod in pods:
-                pod.wait_until_ready()
+        before_start(list(self.all_pods))
+        for pod in self.all_pods:
+            pod.start()
+        for pod in self.all_pods:
+            pod.wait_until_ready()
 
     def address(self, service: str) -> str:
         """HOST:PORT of a Service that has an address of its own."""
@@ -114,16 +129,18 @@ class Kubernetes:
         return itertools.chain.from_iterable(list(pods) for pods in list(self.pods.values()))
 
     def _pod(self, workload: Object, ordinal: int) -> Pod:
-        number = next(self._addresses)
+        number = next(self._numbers)
+        host = next(self._networks, None)
         suffix = f"{ordinal}" if workload["kind"] == "StatefulSet" else f"{number:05x}"
         return Pod(
             f"{workload['metadata']['name']}-{suffix}",
-            f"127.77.0.{number}",
+            host.ip if host else f"127.77.0.{number}",
             workload,
             self._manifests,
             folder=self._folder,
             hosts=self._hosts,
             on_change=self._write_hosts,
+            prefix=host.command if host else (),
             **self._sources,
         )
 
@@ -170,10 +187,10 @@ class Kubernetes:
 class _Proxy:
     """One address of a Service: a connection goes to one of the targets and stays there."""
 
-    def __init__(self, ip: str, port: int, targets) -> None:
+    def __init__(self, ip: str, port: int, look_up: Callable[[], list[tuple[str, int]]]) -> None:
         self.ip = ip
         self.port = port
-        self._look = targets
+        self._look_up = look_up
         # What is known here, as of the latest `refresh`.
         self._targets: list[tuple[str, int]] = []
         self._turn = itertools.count()
@@ -181,7 +198,7 @@ class _Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def refresh(self) -> None:
-        self._targets = self._look()
+        self._targets = self._look_up()
 
     def __enter__(self) -> Self:
         self._thread.start()

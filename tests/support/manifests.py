@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ COMPONENTS = ("autoscaling", "model-volume", "monitoring", "mtls", "network-poli
 PAIR_OVERLAYS = ("one-gpu", "two-gpu")
 
 Object = dict[str, Any]
+_ARGUMENTS = "/spec/template/spec/containers/{}/args"
 
 
 class Container(NamedTuple):
@@ -95,8 +97,9 @@ def kubectl() -> str:
 
 
 @functools.cache
-def render(overlay: str, *components: str, patches: Sequence[str] = ()) -> Manifests:
-    """`k8s/<overlay>` with components on top, as a kustomization of a user's own has them; `patches` are YAML."""
+def render(overlay: str, *components: str, more_arguments: Sequence[tuple[str, int, str]] = ()) -> Manifests:
+    """`k8s/<overlay>` with components on top, as a kustomization of a user's own has them. `more_arguments`: name of a
+    StatefulSet, index of its container, a flag."""
     with tempfile.TemporaryDirectory() as folder:
         # kustomize takes no absolute paths.
         k8s = os.path.relpath(K8S, Path(folder).resolve())
@@ -104,7 +107,13 @@ def render(overlay: str, *components: str, patches: Sequence[str] = ()) -> Manif
             "namespace": "pdserve",
             "resources": [f"{k8s}/{overlay}"],
             "components": [f"{k8s}/components/{name}" for name in components],
-            "patches": [{"patch": patch} for patch in patches],
+            "patches": [
+                {
+                    "target": {"kind": "StatefulSet", "name": name},
+                    "patch": json.dumps([{"op": "add", "path": _ARGUMENTS.format(index) + "/-", "value": flag}]),
+                }
+                for name, index, flag in more_arguments
+            ],
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(own))
         return _rendered(Path(folder))

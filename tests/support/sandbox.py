@@ -19,7 +19,10 @@ from pathlib import Path
 from tests.support.manifests import ROOT
 
 # Of the machine's /etc: what the loader and TLS read.
-_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl", "localtime", "nsswitch.conf")
+_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl", "localtime")
+# Names are those of the hosts file, with all their addresses; no DNS is asked, which would take seconds to say that it is
+# not there.
+_RESOLVER = Path(__file__).parent / "etc"
 _USER = 10001
 
 
@@ -91,6 +94,8 @@ def _base(hosts: Path) -> list[str]:
         *_bound(["/usr", *_links(("/bin", "/lib", "/lib64", "/sbin")), *_python()]),
         *_bound(f"/etc/{name}" for name in _ETC if os.path.exists(f"/etc/{name}")),
         *("--ro-bind", str(hosts), "/etc/hosts", "--ro-bind", str(ROOT), "/app"),
+        *("--ro-bind", f"{_RESOLVER}/nsswitch.conf", "/etc/nsswitch.conf"),
+        *("--ro-bind", f"{_RESOLVER}/host.conf", "/etc/host.conf"),
         *("--proc", "/proc", "--dev", "/dev"),
     ]
 
