@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from common import logs, rpc
 from common.config import ConfigError, ServiceConfig, load
 from common.health import Health
-from common.identities import Gate, gate_of
+from common.identities import gate_of
 from common.metrics import Metrics, exposed
 from common.tls import server_credentials_of
 

@@ -16,6 +16,7 @@ from tests.support.manifests import (
     Manifests,
     Object,
     configuration,
+    matches,
     pod_labels,
     render,
 )
@@ -23,17 +24,10 @@ from tests.support.manifests import (
 ANYONE = {"app.kubernetes.io/name": "somebody-else"}
 
 
-def matches(selector: Object, labels: dict[str, str]) -> bool:
-    """As Kubernetes compares a label selector."""
-    wanted = all(
-        (labels.get(one["key"]) in one["values"]) == (one["operator"] == "In")
-        for one in selector.get("matchExpressions", ())
-    )
-    return wanted and selector.get("matchLabels", {}).items() <= labels.items()
-
-
-def reaches(manifests: Manifests, source: dict[str, str], target: dict[str, str], port: int, namespace="pdserve") -> bool:
-    """Whether a Pod with the labels `source`, in `namespace`, gets through to a port of one with the labels `target`."""
+def reaches(
+    manifests: Manifests, source: dict[str, str], target: dict[str, str], port: int, namespace="pdserve"
+) -> bool:
+    """Whether a Pod with labels `source`, in `namespace`, gets through to a port of one with labels `target`."""
 
     def is_from(peer: Object) -> bool:
         if "namespaceSelector" in peer:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from common.address import Address
 from common.health import LIVENESS
 from tests.support.manifests import (
     COMPONENTS,
+    K8S,
     OVERLAYS,
     PAIR_OVERLAYS,
+    ROOT,
+    UPDATE_ORDER,
     Container,
     Manifests,
     configuration,
@@ -92,7 +97,10 @@ def test_the_router_looks_for_workers_by_the_name_of_a_headless_service(manifest
 
 
 def test_users_reach_routers_at_one_address_and_at_each_ones_own(manifests):
-    router, headless = manifests.named("Service", "router")["spec"], manifests.named("Service", "router-headless")["spec"]
+    router, headless = (
+        manifests.named("Service", "router")["spec"],
+        manifests.named("Service", "router-headless")["spec"],
+    )
     assert "clusterIP" not in router
     assert headless["clusterIP"] == "None"
     assert [port["port"] for port in router["ports"]] == [port["port"] for port in headless["ports"]] == [50051]
@@ -214,7 +222,8 @@ def test_on_a_cluster_each_worker_has_a_gpu_of_its_own(role):
 
 
 @pytest.mark.parametrize(
-    ("overlay", "num_gpus", "decode_device", "fraction"), [("one-gpu", 1, "cuda:0", 0.45), ("two-gpu", 2, "cuda:1", 0.9)]
+    ("overlay", "num_gpus", "decode_device", "fraction"),
+    [("one-gpu", 1, "cuda:0", 0.45), ("two-gpu", 2, "cuda:1", 0.9)],
 )
 def test_the_containers_of_a_pair_see_the_same_gpus(overlay, num_gpus, decode_device, fraction):
     assert overlay in PAIR_OVERLAYS
@@ -234,3 +243,32 @@ def test_the_containers_of_a_pair_see_the_same_gpus(overlay, num_gpus, decode_de
     configs = [configuration(manifests, role) for role in ("prefill", "decode")]
     assert [config.device for config in configs] == ["cuda:0", decode_device]
     assert [config.gpu_memory_fraction for config in configs] == [fraction, fraction]
+
+
+def test_the_page_names_every_overlay_and_component_and_the_order_of_updates():
+    page = (ROOT / "docs" / "kubernetes.md").read_text()
+    assert {one.name for one in (K8S / "overlays").iterdir()} == set(OVERLAYS)
+    assert {one.name for one in (K8S / "components").iterdir()} == set(COMPONENTS)
+    assert all(f"| `{one}` |" in page for one in OVERLAYS)
+    assert all(f"\n### {one}\n" in page for one in COMPONENTS)
+    updates = page[page.index("## Updates") :]
+    assert tuple(re.findall(r"rollout status \w+/(\w+)", updates)) == UPDATE_ORDER
+
+
+def test_the_commands_of_the_page_name_what_there_is():
+    manifests, page = render("overlays/cpu"), (ROOT / "docs" / "kubernetes.md").read_text()
+    commands = re.findall(r"^\$ (kubectl .+)$", page, re.MULTILINE)
+    folders = {folder for one in commands for folder in re.findall(r" -k (\S+)", one)}
+    assert folders
+    assert all((ROOT / folder / "kustomization.yaml").is_file() for folder in folders)
+    named = {pair for one in commands for pair in re.findall(r"\b(statefulset|deployment|service|pod)/([\w-]+)", one)}
+    kinds = {"statefulset": "StatefulSet", "deployment": "Deployment", "service": "Service"}
+    for kind, name in named - {("pod", "decode-0")}:
+        assert manifests.named(kinds[kind], name)
+    selected = {label for one in commands for label in re.findall(r" -l (\S+)", one)}
+    labels = [f"{name}={value}" for one in manifests for name, value in one["metadata"].get("labels", {}).items()]
+    assert selected <= set(labels)
+    for target, ports in [
+        pair for one in commands for pair in re.findall(r"port-forward \w+/(\w+)\S*((?: \d+)+)", one)
+    ]:
+        assert set(map(int, ports.split())) <= set(manifests.container(target).ports.values())

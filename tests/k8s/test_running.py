@@ -1,4 +1,4 @@
-"""The rendered manifests, run: each container's command, arguments, environment, mounts, user and probes, as processes."""
+"""The rendered manifests, run as processes: each container's command, environment, mounts, user and probes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ from tests.support import network
 from tests.support.certificates import Authority
 from tests.support.kubelet import Pod
 from tests.support.kubernetes import Kubernetes
-from tests.support.manifests import ROOT, Manifests, render
+from tests.support.manifests import ROOT, UPDATE_ORDER, Manifests, render
 from tests.support.streams import Stream
 
 ONE_OF_EACH = {"router": 1, "prefill": 1, "decode": 1}
-# Callees before callers: docs/kubernetes.md.
-UPDATE_ORDER = ("decode", "prefill", "router")
 NEW_MODEL = tuple((role, 0, flag) for role in ("prefill", "decode") for flag in ("--load-format=dummy", "--seed=7"))
 
 
@@ -36,7 +34,8 @@ def health_of(pod: Pod, port: int, service: str) -> int | None:
             request = health_pb2.HealthCheckRequest(service=service)
             return health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status
         except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.NOT_FOUND
+            if error.code() is not grpc.StatusCode.NOT_FOUND:
+                raise
             return None
 
 
@@ -72,7 +71,8 @@ def test_an_update_to_another_model_in_the_documented_order_loses_no_request_and
     def client(number: int) -> None:
         with grpc.insecure_channel(address) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
-            while not is_over.is_set():
+            # With breath between, so that the new processes start beside it.
+            while not is_over.wait(0.1):
                 try:
                     replies[number].append(one_reply(stub))
                 except Exception as error:
@@ -143,7 +143,10 @@ def test_with_mtls_users_are_served_probes_pass_and_nobody_gets_in_without_a_cer
         decode = cluster.pods["decode"][0]
         named = [("grpc.ssl_target_name_override", "workers.pdserve")]
         request = worker_pb2.WatchLoadRequest()
-        with grpc.secure_channel(f"{decode.ip}:50053", believing, options=named) as channel, pytest.raises(grpc.RpcError):
+        with (
+            grpc.secure_channel(f"{decode.ip}:50053", believing, options=named) as channel,
+            pytest.raises(grpc.RpcError),
+        ):
             next(worker_pb2_grpc.WorkerServiceStub(channel).WatchLoad(request, timeout=10))
         operator = secrets["operator-tls"]
         key, certificate = (operator / "tls.key").read_bytes(), (operator / "tls.crt").read_bytes()
@@ -173,7 +176,9 @@ def issued(manifests: Manifests, folder: Path) -> tuple[dict[str, Path], Authori
 def test_under_the_network_policies_kv_travels_on_the_ports_that_they_name_and_nobody_else_gets_there(containers):
     if why := network.obstacle() or ("" if shutil.which("iptables") else "there is no iptables"):
         pytest.skip(why)
-    done = subprocess.run([sys.executable, "-m", "tests.k8s.walled"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.k8s.walled"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     print(seen)

@@ -1,4 +1,4 @@
-"""Whatever is rendered is what Kubernetes, cert-manager and the Prometheus operator take: no unknown field, no bad type."""
+"""Whatever is rendered fits the schemas of Kubernetes, cert-manager and the Prometheus operator, strictly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""`python -m tests.k8s.walled`: the cpu overlay with its NetworkPolicies in force, each Pod in a network namespace of its
-own, whose firewall is made from the policies. Prints what was seen as one JSON object. Needs root.
+"""`python -m tests.k8s.walled`: the cpu overlay with its NetworkPolicies in force. Needs root.
+
+Each Pod is in a network namespace of its own, whose firewall is made from the policies. Prints what was seen as one
+JSON object.
 """
 
 from __future__ import annotations
@@ -11,10 +13,9 @@ import sys
 from types import SimpleNamespace
 
 from pdserve.v1 import types_pb2
-from tests.k8s.test_components import matches
 from tests.support.kubelet import Pod
 from tests.support.kubernetes import Kubernetes
-from tests.support.manifests import Manifests, render
+from tests.support.manifests import Manifests, matches, render
 from tests.support.network import Host, private_network
 from tests.support.streams import Stream
 
@@ -22,7 +23,7 @@ _DIAL = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv
 
 
 def wall(manifests: Manifests, pod: Pod, host: Host, others: list[Pod]) -> None:
-    """The policies that select `pod`, as rules of its host: what they do not allow is dropped. Its node is the bridge."""
+    """The policies that select `pod`, as rules of its host: the rest is dropped. Its node is the bridge."""
     rules = ["-P INPUT DROP", "-A INPUT -i lo -j ACCEPT", "-A INPUT -s 10.77.0.1 -j ACCEPT"]
     rules.append("-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT")
     for policy in (one["spec"] for one in manifests.of_kind("NetworkPolicy")):
@@ -54,7 +55,9 @@ def listening(host: Host) -> set[int]:
 
 
 def gets_through(host: Host, ip: str, port: int) -> bool:
-    return subprocess.run([*host.command, sys.executable, "-c", _DIAL, ip, str(port)], capture_output=True).returncode == 0
+    return (
+        subprocess.run([*host.command, sys.executable, "-c", _DIAL, ip, str(port)], capture_output=True).returncode == 0
+    )
 
 
 def main() -> None:
@@ -81,7 +84,9 @@ def main() -> None:
             "kv_path": types_pb2.KvPath.Name(path.kv_path),
             "kv_transport": path.kv_transport,
             "chosen_ports": chosen,
-            "stranger_reaches": {role: gets_through(stranger, of[role][0].ip, port) for role, port in grpc_ports.items()},
+            "stranger_reaches": {
+                role: gets_through(stranger, of[role][0].ip, port) for role, port in grpc_ports.items()
+            },
             "stranger_reaches_kv": [
                 gets_through(stranger, of[role][0].ip, port) for role in ("prefill", "decode") for port in chosen[role]
             ],

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Pod:
         self.ip = ip
         self.labels = workload["spec"]["template"]["metadata"]["labels"]
         self.is_ready = False
+        self.ready_since_s = 0.0
         self.is_terminating = False
         # Liveness or startup probes that would have had a container restarted, and containers that ended by themselves.
         self.failures: list[str] = []
@@ -102,7 +104,9 @@ class Pod:
     def log(self) -> str:
         return "".join(sandbox.log.read_text() for sandbox in self._sandboxes if sandbox.log.exists())
 
-    def _sandbox(self, container: Container, volumes: Mapping[str, Path], hosts: Path, prefix: Sequence[str]) -> Sandbox:
+    def _sandbox(
+        self, container: Container, volumes: Mapping[str, Path], hosts: Path, prefix: Sequence[str]
+    ) -> Sandbox:
         downward = {"metadata.name": self.name, "status.podIP": self.ip}
         spec = container.spec
         mounts = {
@@ -175,7 +179,7 @@ class Pod:
         self._ready[role] = ready
         whole = all(self._ready.values())
         if whole is not self.is_ready:
-            self.is_ready = whole
+            self.is_ready, self.ready_since_s = whole, time.monotonic()
             # Who waits for the Pod finds its Services knowing of it.
             self._on_change()
             with self._changed:

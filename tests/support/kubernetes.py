@@ -1,7 +1,7 @@
-"""A cluster of one machine for rendered manifests: Pods by `kubelet`, Services, names, and updates as controllers do them.
+"""A cluster of one machine for rendered manifests: Pods by `kubelet`, Services, names, and updates as by controllers.
 
-Names of Services stand in a hosts file that every Pod has, and are as new as it: DNS here keeps nothing. A Service with an
-address of its own hands each new connection to a Pod that is ready, and leaves those that stand alone.
+Names of Services stand in a hosts file that every Pod has, and are as new as it: DNS here keeps nothing. A Service with
+an address of its own hands each new connection to a Pod that is ready, and leaves those that stand alone.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Kubernetes:
         claims: Mapping[str, Path] | None = None,
         hosts: Sequence[Host] = (),
     ) -> None:
-        """`secrets`, `claims`: the folders that stand for Secrets and PersistentVolumeClaims, by name. `hosts`: a network
-        namespace for each Pod, in the order in which they are made."""
+        """`secrets`, `claims`: the folders that stand for Secrets and PersistentVolumeClaims, by name. `hosts`: a
+        network namespace for each Pod, in the order in which they are made."""
         self._sources = {"secrets": secrets or {}, "claims": claims or {}}
         self._manifests = Manifests()
         self._numbers = itertools.count(1)
@@ -78,7 +78,9 @@ class Kubernetes:
         for service in manifests.of_kind("Service"):
             if service["spec"].get("clusterIP") != "None":
                 [port] = service["spec"]["ports"]
-                proxy = _Proxy(f"127.78.0.{len(self._proxies) + 1}", port["port"], lambda one=service: self._targets(one))
+                proxy = _Proxy(
+                    f"127.78.0.{len(self._proxies) + 1}", port["port"], lambda one=service: self._targets(one)
+                )
                 self._proxies[service["metadata"]["name"]] = self._stack.enter_context(proxy)
         for workload in manifests.workloads:
             name = workload["metadata"]["name"]
@@ -104,11 +106,12 @@ class Kubernetes:
         if workload["kind"] == "StatefulSet":
             # From the last, one at a time, each at its place.
             for ordinal in reversed(range(len(pods))):
+                _wait_until_available(pods, spec["minReadySeconds"] - DNS_S)
                 self._end(pods[ordinal])
                 pods[ordinal] = self._pod(workload, ordinal)
                 pods[ordinal].start()
                 pods[ordinal].wait_until_ready()
-                time.sleep(max(spec["minReadySeconds"] - DNS_S, 0))
+            _wait_until_available(pods, spec["minReadySeconds"] - DNS_S)
             return
         assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
         for ordinal, old in enumerate(list(pods)):
@@ -182,6 +185,11 @@ class Kubernetes:
                 os.pwrite(file.fileno(), text, 0)
         for proxy in self._proxies.values():
             proxy.refresh()
+
+
+def _wait_until_available(pods: Sequence[Pod], min_ready_s: float) -> None:
+    """Until each has been ready for so long."""
+    time.sleep(max(0.0, *(pod.ready_since_s + min_ready_s - time.monotonic() for pod in pods)))
 
 
 class _Proxy:

@@ -24,6 +24,8 @@ OVERLAYS = ("cpu", "one-gpu", "two-gpu", "cluster")
 COMPONENTS = ("autoscaling", "model-volume", "monitoring", "mtls", "network-policies")
 # With prefill and decode as two containers of one Pod.
 PAIR_OVERLAYS = ("one-gpu", "two-gpu")
+# Workloads as docs/kubernetes.md updates them: callees before callers.
+UPDATE_ORDER = ("decode", "prefill", "router")
 
 Object = dict[str, Any]
 _ARGUMENTS = "/spec/template/spec/containers/{}/args"
@@ -85,6 +87,15 @@ class Manifests(list[Object]):
 
 def pod_labels(workload: Object) -> dict[str, str]:
     return workload["spec"]["template"]["metadata"]["labels"]
+
+
+def matches(selector: Object, labels: Mapping[str, str]) -> bool:
+    """As Kubernetes compares a label selector."""
+    wanted = all(
+        (labels.get(one["key"]) in one["values"]) == (one["operator"] == "In")
+        for one in selector.get("matchExpressions", ())
+    )
+    return wanted and selector.get("matchLabels", {}).items() <= labels.items()
 
 
 def kubectl() -> str:

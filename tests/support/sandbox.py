@@ -1,4 +1,4 @@
-"""One container of a rendered manifest as a local process: its own root, read-only; its mounts; its user; no capability.
+"""One container of a rendered manifest as a local process: a read-only root, its mounts, its user, no capability.
 
 bubblewrap makes it from this machine's Python and this working tree, which lies at /app as in the image. The network is
 the machine's: who needs an address of his own gets one of loopback's.
@@ -20,8 +20,7 @@ from tests.support.manifests import ROOT
 
 # Of the machine's /etc: what the loader and TLS read.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "ssl", "localtime")
-# Names are those of the hosts file, with all their addresses; no DNS is asked, which would take seconds to say that it is
-# not there.
+# Names are those of the hosts file, with all their addresses; no DNS is asked, which would take seconds to fail.
 _RESOLVER = Path(__file__).parent / "etc"
 _USER = 10001
 
@@ -89,7 +88,15 @@ class Sandbox:
 
 def _base(hosts: Path) -> list[str]:
     return [
-        *("bwrap", "--die-with-parent", "--unshare-user", "--unshare-pid", "--as-pid-1", "--unshare-ipc", "--new-session"),
+        *(
+            "bwrap",
+            "--die-with-parent",
+            "--unshare-user",
+            "--unshare-pid",
+            "--as-pid-1",
+            "--unshare-ipc",
+            "--new-session",
+        ),
         *("--uid", str(_USER), "--gid", str(_USER), "--cap-drop", "ALL"),
         *_bound(["/usr", *_links(("/bin", "/lib", "/lib64", "/sbin")), *_python()]),
         *_bound(f"/etc/{name}" for name in _ETC if os.path.exists(f"/etc/{name}")),
