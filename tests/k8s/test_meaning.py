@@ -149,6 +149,14 @@ def test_an_update_leaves_no_role_empty_and_goes_on_when_routers_know_the_new_wo
         assert spec.get("replicas", 2) >= 2 or workload["metadata"]["name"] == "pair"
 
 
+def test_an_update_of_one_role_takes_along_what_its_pods_read(manifests):
+    for container in manifests.containers:
+        labels = pod_labels(container.workload)
+        read = [one["configMap"]["name"] for one in container.volumes.values() if "configMap" in one]
+        for one in [manifests.named("ConfigMap", name) for name in read]:
+            assert labels.items() <= one["metadata"]["labels"].items()
+
+
 def test_evictions_leave_each_role_a_pod(manifests):
     budgets = {one["metadata"]["name"]: one["spec"] for one in manifests.of_kind("PodDisruptionBudget")}
     several = [one for one in manifests.workloads if one["metadata"]["name"] != "pair"]
