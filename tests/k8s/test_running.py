@@ -59,7 +59,7 @@ def test_the_cpu_overlay_serves_a_prompt_through_its_service(cluster, router):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_an_update_to_another_model_in_the_documented_order_loses_no_request_and_mixes_no_tokens(cluster, router):
     """Plain gRPC clients that keep their connection and try nothing twice."""
     old, new = render("overlays/cpu"), render("overlays/cpu", more_arguments=NEW_MODEL)

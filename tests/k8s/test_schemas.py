@@ -27,6 +27,8 @@ CUSTOM = {
     ("monitoring.coreos.com/v1", "PodMonitor"): PodMonitor,
     ("monitoring.coreos.com/v1", "PrometheusRule"): PrometheusRule,
 }
+# Read anew for each object, they would take most of the time.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 CASES = [(f"overlays/{overlay}", ()) for overlay in OVERLAYS]
 CASES += [("base", (component,)) for component in COMPONENTS]
 # Everything that goes together; overlays with GPUs have the model's volume already.
