@@ -1,0 +1,107 @@
+"""The figures of a run for people: one column a point of load, so that a sweep reads from left to right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Figures = Mapping[str, Any]
+
+LATENCIES = (
+    ("ttft_ms", "first token, ms"),
+    ("inter_token_ms", "inter-token, ms"),
+    ("e2e_ms", "end to end, ms"),
+)
+PERCENTILES = ("p50", "p90", "p95", "p99")
+
+
+def number(value: float | None) -> str:
+    """Three figures or so: `0.123`, `4.56`, `78.9`, `1,234`."""
+    if value is None:
+        return "–"
+    if abs(value) >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def point_table(points: Sequence[Figures], limits: Mapping[str, float | None]) -> RenderableType:
+    """A row a figure, a column a point."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("load", no_wrap=True)
+    table.add_column("", style="dim", no_wrap=True)
+    for point in points:
+        table.add_column(point["load"], justify="right", no_wrap=True)
+    for title, what, read in _rows(limits):
+        if title and table.row_count:
+            table.add_row()
+        table.add_row(title, what, *(number(read(point)) for point in points))
+    return table
+
+
+def remarks(points: Sequence[Figures]) -> Iterator[Text]:
+    """What a reader has to know besides: serving paths, what was not OK, and whether the client kept up."""
+    paths = _added(point["paths"] for point in points)
+    if paths:
+        shares = ", ".join(f"{count:,} {path}" for path, count in paths.items())
+        yield Text.assemble(("KV came      ", "dim"), shares)
+    for pair, count in _added(point["workers"] for point in points).items():
+        yield Text.assemble(("served by    ", "dim"), f"{pair}, {count:,}")
+    for point in points:
+        for status, count in point["requests"]["by_status"].items():
+            if status != "OK":
+                yield Text.assemble(("not OK       ", "dim"), (f"{count:,} {status} at {point['load']}", "yellow"))
+        if not point["requests"]["measured"]:
+            yield Text(f"at {point['load']} no request fell into the window: make it longer", style="yellow")
+    if bound := [point for point in points if point["client"]["is_bottleneck"]]:
+        yield Text(_bottleneck(bound), style="bold yellow")
+
+
+def whole(points: Sequence[Figures], limits: Mapping[str, float | None]) -> RenderableType:
+    return Group(point_table(points, limits), Text(), *remarks(points))
+
+
+def _rows(limits: Mapping[str, float | None]) -> Iterator[tuple[str, str, Callable[[Figures], float | None]]]:
+    yield "requests", "measured", lambda point: point["requests"]["measured"]
+    yield "", "OK", lambda point: point["requests"]["ok"]
+    yield "", "refused", lambda point: point["requests"]["refused"]
+    yield "", "failed", lambda point: point["requests"]["failed"]
+    yield "throughput", "output tokens/s", lambda point: point["throughput"]["output_tokens_per_s"]
+    yield "", "requests/s", lambda point: point["throughput"]["requests_per_s"]
+    yield _goodput(limits), "requests/s", lambda point: point["goodput"]["requests_per_s"]
+    yield "", "% of all", lambda point: point["goodput"]["share"] * 100
+    for key, title in LATENCIES:
+        for place, name in enumerate(PERCENTILES):
+            yield "" if place else title, name, lambda point, key=key, name=name: (point[key] or {}).get(name)
+    yield "stages, p50 ms", "queue", lambda point: (point["stages_ms"]["queue"] or {}).get("p50")
+    for stage, name in (("prefill", "prefill"), ("kv_transfer", "KV transfer"), ("first_decode", "first decode")):
+        yield "", name, lambda point, stage=stage: (point["stages_ms"][stage] or {}).get("p50")
+    yield "tokens, mean", "prompt", lambda point: point["tokens"]["prompt_mean"]
+    yield "", "output", lambda point: point["tokens"]["output_mean"]
+
+
+def _goodput(limits: Mapping[str, float | None]) -> str:
+    names = {"ttft_ms": "first token", "inter_token_ms": "inter-token", "e2e_ms": "end to end"}
+    given = [f"{names[key]} ≤ {limit:g} ms" for key, limit in limits.items() if limit is not None]
+    return "goodput: " + ", ".join(given) if given else "goodput: all that is OK"
+
+
+def _added(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
+    added: dict[str, int] = {}
+    for one in counts:
+        for name, count in one.items():
+            added[name] = added.get(name, 0) + count
+    return added
+
+
+def _bottleneck(points: Sequence[Figures]) -> str:
+    worst = max(points, key=lambda point: point["client"]["late_p99_ms"])["client"]
+    loads = ", ".join(point["load"] for point in points)
+    busiest = max(point["client"]["busiest_loop_share"] for point in points)
+    return (
+        f"the client did not keep up at {loads}: p99 sent {worst['late_p99_ms']:.1f} ms late, busiest process "
+        f"{busiest:.0%} of a core; latencies have its own delay in them. Give it --processes, or a machine of its own."
+    )
