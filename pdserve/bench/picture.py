@@ -138,8 +138,8 @@ def _requests_over_time(panel: Any, point: Mapping[str, Any], trace: Trace) -> N
     failed = [one.ended_s - trace.start_s for one in trace.sent if not one.is_ok]
     if failed:
         panel.plot(failed, [0] * len(failed), "x", color=COLOURS["p99"], label="not OK", clip_on=False)
+        panel.legend(fontsize=8)
     panel.set(title="requests that are open", xlabel="s", ylim=(0, None))
-    panel.legend(fontsize=8)
     _window(panel, point)
 
 

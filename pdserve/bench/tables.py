@@ -23,27 +23,30 @@ def number(value: float | None) -> str:
     """Three figures or so: `0.123`, `4.56`, `78.9`, `1,234`."""
     if value is None:
         return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
     if abs(value) >= 100 or value == 0:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def point_table(points: Sequence[Figures], limits: Mapping[str, float | None]) -> RenderableType:
+def point_table(points: Sequence[Figures]) -> RenderableType:
     """A row a figure, a column a point."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("load", no_wrap=True)
     table.add_column("", style="dim", no_wrap=True)
     for point in points:
         table.add_column(point["load"], justify="right", no_wrap=True)
-    for title, what, read in _rows(limits):
+    for title, what, read in _rows():
         if title and table.row_count:
             table.add_row()
         table.add_row(title, what, *(number(read(point)) for point in points))
     return table
 
 
-def remarks(points: Sequence[Figures]) -> Iterator[Text]:
+def remarks(points: Sequence[Figures], limits: Mapping[str, float | None]) -> Iterator[Text]:
     """What a reader has to know besides: serving paths, what was not OK, and whether the client kept up."""
+    yield Text.assemble(("goodput      ", "dim"), _goodput(limits))
     paths = _added(point["paths"] for point in points)
     if paths:
         shares = ", ".join(f"{count:,} {path}" for path, count in paths.items())
@@ -61,17 +64,17 @@ def remarks(points: Sequence[Figures]) -> Iterator[Text]:
 
 
 def whole(points: Sequence[Figures], limits: Mapping[str, float | None]) -> RenderableType:
-    return Group(point_table(points, limits), Text(), *remarks(points))
+    return Group(point_table(points), Text(), *remarks(points, limits))
 
 
-def _rows(limits: Mapping[str, float | None]) -> Iterator[tuple[str, str, Callable[[Figures], float | None]]]:
+def _rows() -> Iterator[tuple[str, str, Callable[[Figures], float | None]]]:
     yield "requests", "measured", lambda point: point["requests"]["measured"]
     yield "", "OK", lambda point: point["requests"]["ok"]
     yield "", "refused", lambda point: point["requests"]["refused"]
     yield "", "failed", lambda point: point["requests"]["failed"]
     yield "throughput", "output tokens/s", lambda point: point["throughput"]["output_tokens_per_s"]
     yield "", "requests/s", lambda point: point["throughput"]["requests_per_s"]
-    yield _goodput(limits), "requests/s", lambda point: point["goodput"]["requests_per_s"]
+    yield "goodput", "requests/s", lambda point: point["goodput"]["requests_per_s"]
     yield "", "% of all", lambda point: point["goodput"]["share"] * 100
     for key, title in LATENCIES:
         for place, name in enumerate(PERCENTILES):
@@ -86,7 +89,7 @@ def _rows(limits: Mapping[str, float | None]) -> Iterator[tuple[str, str, Callab
 def _goodput(limits: Mapping[str, float | None]) -> str:
     names = {"ttft_ms": "first token", "inter_token_ms": "inter-token", "e2e_ms": "end to end"}
     given = [f"{names[key]} ≤ {limit:g} ms" for key, limit in limits.items() if limit is not None]
-    return "goodput: " + ", ".join(given) if given else "goodput: all that is OK"
+    return f"OK, and {', '.join(given)}" if given else "whatever is OK (no limits given)"
 
 
 def _added(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
@@ -98,10 +101,12 @@ def _added(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _bottleneck(points: Sequence[Figures]) -> str:
-    worst = max(points, key=lambda point: point["client"]["late_p99_ms"])["client"]
     loads = ", ".join(point["load"] for point in points)
-    busiest = max(point["client"]["busiest_loop_share"] for point in points)
+    late, lag, busiest = (
+        max(point["client"][name] for point in points) for name in ("late_p99_ms", "loop_lag_p99_ms", "busiest_loop_share")
+    )
     return (
-        f"the client did not keep up at {loads}: p99 sent {worst['late_p99_ms']:.1f} ms late, busiest process "
-        f"{busiest:.0%} of a core; latencies have its own delay in them. Give it --processes, or a machine of its own."
+        f"the client did not keep up at {loads}: at p99 it sent {late:.1f} ms late and heard {lag:.1f} ms late, and its "
+        f"busiest process took {busiest:.0%} of a core. Latencies have that in them: give it --processes, or a machine of "
+        "its own."
     )
