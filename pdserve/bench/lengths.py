@@ -15,8 +15,8 @@ class Lengths(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """`128` or `64-256`. Raises ValueError."""
-        low, _, high = text.partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal():
+        low, dash, high = text.partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()):
             raise ValueError(f"{text!r}: expected a number of tokens such as 128, or a range such as 64-256")
         made = cls(int(low), int(high or low))
         if not 1 <= made.low <= made.high:

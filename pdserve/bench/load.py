@@ -75,10 +75,16 @@ class Loop:
                 sent = Sent(index, offset_s >= self._point.warmup_s, start_s + offset_s)
                 # Made before it is due: a long prompt takes a while.
                 ask = self._ask(index)
-                # Also when it is late already: what was sent before has to get a turn.
-                await self._sleep(max(0.0, sent.due_s - self._clock()))
+                await self._until(sent.due_s)
                 self.sent.append(sent)
                 group.create_task(self._follow(ask, sent))  # type: ignore[arg-type]
+
+    async def _until(self, due_s: float) -> None:
+        # Also when it is late already: what was sent before has to get a turn.
+        await self._sleep(max(0.0, due_s - self._clock()))
+        # uvloop's timers are whole milliseconds and may come early; latencies would come out too short.
+        while (left_s := due_s - self._clock()) > 0:
+            await self._sleep(left_s)
 
     def _due(self) -> Iterator[tuple[int, float]]:
         point, share = self._point, self._share
@@ -117,7 +123,7 @@ class Loop:
                 self.sent.append(sent)
                 await self._follow(ask, sent)
 
-        await self._sleep(max(0.0, start_s - self._clock()))
+        await self._until(start_s)
         async with asyncio.TaskGroup() as group:
             for _ in range(share.part_of(point.concurrency)):
                 group.create_task(one_after_another())

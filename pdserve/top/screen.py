@@ -17,8 +17,6 @@ from pdserve.top.sorting import in_order, used_share
 STATES = {"SERVING": "green", "DRAINING": "yellow", "UNREACHABLE": "bold red"}
 BAR, SPLIT, SPARK = 12, 12, 16
 LEVELS = "▁▂▃▄▅▆▇█"
-# An answer this old says how old it is.
-OLD_S = 3.0
 
 
 def frame(console: Console, view: View, *, order: str, time: datetime.datetime, keys: str = "") -> RenderableType:
@@ -68,6 +66,11 @@ def _sections(view: View, order: str) -> Iterator[tuple[str, Sequence[Column], S
 def _notes(view: View) -> Iterator[Text]:
     if view.is_old:
         yield Text("no router answers: what is shown of workers is old", style="bold red")
+    for silent in (*view.routers, *view.pipelines):
+        # Wrapped: a reason that is cut off says nothing.
+        if silent.error is not None:
+            name = silent.address if isinstance(silent, RouterRow) else f"pipeline of {silent.name}"
+            yield Text(f"{name}: {describe(silent.error)}", style="red")
     if view.degraded:
         yield Text("degraded: no prefill worker is alive, so decode workers prefill locally", style="yellow")
     for row in view.workers:
@@ -82,8 +85,11 @@ def _notes(view: View) -> Iterator[Text]:
 def _router_state(row: RouterRow) -> Text:
     if row.error is None:
         return Text("answers", style="green") if row.load else Text("…", style="dim")
-    since = "never answered" if row.age_s is None else f"silent for {row.age_s:.0f} s"
-    return Text(f"{since}: {describe(row.error)}", style="bold red")
+    return Text(_silence(row.age_s), style="bold red")
+
+
+def _silence(age_s: float | None) -> str:
+    return "never answered" if age_s is None else f"silent for {age_s:.0f} s"
 
 
 def _load(row: RouterRow, field: str) -> str:
@@ -145,9 +151,10 @@ def _ms(value: float) -> str:
 
 def _runs(row: PipelineRow) -> Text:
     stats = row.stats
-    if stats is None or (row.error is not None and (row.age_s or 0.0) > OLD_S):
-        age = "" if row.age_s is None else f"silent for {row.age_s:.0f} s: "
-        return Text(f"{age}{describe(row.error)}" if row.error else "…", style="red" if row.error else "dim")
+    if row.error is not None:
+        return Text(_silence(row.age_s), style="red")
+    if stats is None:
+        return Text("…", style="dim")
     if stats.active:
         return Text(f"pipelined, cut {stats.cut}", style="green")
     return Text(f"sequential: {stats.fallback_reason}", style="dim")
