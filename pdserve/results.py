@@ -238,7 +238,9 @@ def model_from_proto(message: router_pb2.GetModelResponse) -> Model:
 
 
 def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
-    load = RouterLoad(**_fields(RouterLoad, message.load) | {"num_ended_requests": dict(message.load.num_ended_requests)})
+    load = RouterLoad(
+        **_fields(RouterLoad, message.load) | {"num_ended_requests": dict(message.load.num_ended_requests)}
+    )
     return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded, load)
 
 

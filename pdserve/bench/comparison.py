@@ -43,7 +43,11 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
         one, other = before["settings"].get(name), after["settings"].get(name)
         if one != other:
             yield f"{name} differs: {one} and {other}"
-    for what, read in (("model", _models), ("client machine", _machine), ("versions", lambda run: run["client"]["versions"])):
+    for what, read in (
+        ("model", _models),
+        ("client machine", _machine),
+        ("versions", lambda run: run["client"]["versions"]),
+    ):
         if read(before) != read(after):
             yield f"{what} differs: {read(before)} and {read(after)}"
 

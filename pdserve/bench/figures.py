@@ -19,7 +19,12 @@ from pdserve.bench.observer import Observed
 from pdserve.bench.percentiles import percentile, spread
 
 # Statuses that say: not now. Others are failures.
-REFUSALS = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED PREDICTED_TOO_LATE", "UNAVAILABLE DRAINING", "UNAVAILABLE NO_WORKER")
+REFUSALS = (
+    "RESOURCE_EXHAUSTED",
+    "DEADLINE_EXCEEDED PREDICTED_TOO_LATE",
+    "UNAVAILABLE DRAINING",
+    "UNAVAILABLE NO_WORKER",
+)
 STAGES = ("queue_ms", "prefill_ms", "kv_transfer_ms", "first_decode_ms")
 # A client that sends or hears later than this, or whose event loop has less time left, measures itself as well.
 LATE_MS = 10.0
@@ -82,10 +87,7 @@ def figures(point: Point, start_s: float, parts: Sequence[Done], limits: Limits)
     window_s = max(window_s, 1e-9)
     good = [one for one in measured if limits.are_met_by(one)]
     in_window = [
-        num_tokens
-        for one in sent
-        for at_s, num_tokens in one.messages
-        if opened_s <= at_s <= opened_s + window_s
+        num_tokens for one in sent for at_s, num_tokens in one.messages if opened_s <= at_s <= opened_s + window_s
     ]
     ended = [one for one in sent if one.is_ok and opened_s <= one.ended_s <= opened_s + window_s]
     times = [value for one in ok if (value := ttft_ms(one)) is not None]

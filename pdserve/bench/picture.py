@@ -127,7 +127,8 @@ def _tokens_over_time(panel: Any, point: Mapping[str, Any], trace: Trace) -> Non
 
 def _requests_over_time(panel: Any, point: Mapping[str, Any], trace: Trace) -> None:
     changes = sorted(
-        [(one.due_s - trace.start_s, 1) for one in trace.sent] + [(one.ended_s - trace.start_s, -1) for one in trace.sent]
+        [(one.due_s - trace.start_s, 1) for one in trace.sent]
+        + [(one.ended_s - trace.start_s, -1) for one in trace.sent]
     )
     times, open_now, number = [], [], 0
     for at_s, step in changes:

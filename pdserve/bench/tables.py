@@ -9,12 +9,20 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pdserve.bench.figures import BUSY_SHARE
+
 Figures = Mapping[str, Any]
 
 LATENCIES = (
     ("ttft_ms", "first token, ms"),
     ("inter_token_ms", "inter-token, ms"),
     ("e2e_ms", "end to end, ms"),
+)
+STAGES = (
+    ("queue", "queue"),
+    ("prefill", "prefill"),
+    ("kv_transfer", "KV transfer"),
+    ("first_decode", "first decode"),
 )
 PERCENTILES = ("p50", "p90", "p95", "p99")
 
@@ -67,23 +75,36 @@ def whole(points: Sequence[Figures], limits: Mapping[str, float | None]) -> Rend
     return Group(point_table(points), Text(), *remarks(points, limits))
 
 
-def _rows() -> Iterator[tuple[str, str, Callable[[Figures], float | None]]]:
-    yield "requests", "measured", lambda point: point["requests"]["measured"]
-    yield "", "OK", lambda point: point["requests"]["ok"]
-    yield "", "refused", lambda point: point["requests"]["refused"]
-    yield "", "failed", lambda point: point["requests"]["failed"]
-    yield "throughput", "output tokens/s", lambda point: point["throughput"]["output_tokens_per_s"]
-    yield "", "requests/s", lambda point: point["throughput"]["requests_per_s"]
-    yield "goodput", "requests/s", lambda point: point["goodput"]["requests_per_s"]
+Read = Callable[[Figures], float | None]
+
+
+def _rows() -> Iterator[tuple[str, str, Read]]:
+    """Title, figure, and where it stands."""
+    for place, name in enumerate(("measured", "OK", "refused", "failed")):
+        yield "" if place else "requests", name, _value("requests", name.lower())
+    yield "throughput", "output tokens/s", _value("throughput", "output_tokens_per_s")
+    yield "", "requests/s", _value("throughput", "requests_per_s")
+    yield "goodput", "requests/s", _value("goodput", "requests_per_s")
     yield "", "% of all", lambda point: point["goodput"]["share"] * 100
     for key, title in LATENCIES:
         for place, name in enumerate(PERCENTILES):
-            yield "" if place else title, name, lambda point, key=key, name=name: (point[key] or {}).get(name)
-    yield "stages, p50 ms", "queue", lambda point: (point["stages_ms"]["queue"] or {}).get("p50")
-    for stage, name in (("prefill", "prefill"), ("kv_transfer", "KV transfer"), ("first_decode", "first decode")):
-        yield "", name, lambda point, stage=stage: (point["stages_ms"][stage] or {}).get("p50")
-    yield "tokens, mean", "prompt", lambda point: point["tokens"]["prompt_mean"]
-    yield "", "output", lambda point: point["tokens"]["output_mean"]
+            yield "" if place else title, name, _value(key, name)
+    for place, (stage, name) in enumerate(STAGES):
+        yield "" if place else "stages, p50 ms", name, _value("stages_ms", stage, "p50")
+    yield "tokens, mean", "prompt", _value("tokens", "prompt_mean")
+    yield "", "output", _value("tokens", "output_mean")
+
+
+def _value(*path: str) -> Read:
+    """None where a point has no such figure, since nothing was measured."""
+
+    def read(point: Figures) -> float | None:
+        value: Any = point
+        for name in path:
+            value = None if value is None else value[name]
+        return value
+
+    return read
 
 
 def _goodput(limits: Mapping[str, float | None]) -> str:
@@ -103,10 +124,11 @@ def _added(counts: Iterator[Mapping[str, int]]) -> dict[str, int]:
 def _bottleneck(points: Sequence[Figures]) -> str:
     loads = ", ".join(point["load"] for point in points)
     late, lag, busiest = (
-        max(point["client"][name] for point in points) for name in ("late_p99_ms", "loop_lag_p99_ms", "busiest_loop_share")
+        max(point["client"][name] for point in points)
+        for name in ("late_p99_ms", "loop_lag_p99_ms", "busiest_loop_share")
     )
+    remedy = "give it more --processes" if busiest > BUSY_SHARE else "give it cores of its own, or a machine"
     return (
-        f"the client did not keep up at {loads}: at p99 it sent {late:.1f} ms late and heard {lag:.1f} ms late, and its "
-        f"busiest process took {busiest:.0%} of a core. Latencies have that in them: give it --processes, or a machine of "
-        "its own."
+        f"the client did not keep up at {loads}: at p99 it sent {late:.1f} ms late and heard {lag:.1f} ms late, and "
+        f"its busiest process took {busiest:.0%} of a core. Latencies have that in them: {remedy}."
     )

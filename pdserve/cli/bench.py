@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -50,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load", "several values of --rate or --concurrency are measured one after another")
     kind = load.add_mutually_exclusive_group()
     kind.add_argument(
-        "--rate", type=_rate, nargs="+", metavar="R", help="open loop: so many requests a second, whatever becomes of them"
+        "--rate",
+        type=_rate,
+        nargs="+",
+        metavar="R",
+        help="open loop: so many requests a second, whatever becomes of them",
     )
     kind.add_argument(
         "--concurrency",
@@ -60,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"closed loop: so many requests at a time (default: {DEFAULT_CONCURRENCY})",
     )
     load.add_argument(
-        "--arrivals", choices=KINDS, default=POISSON, help="of an open loop: random or equal gaps (default: %(default)s)"
+        "--arrivals",
+        choices=KINDS,
+        default=POISSON,
+        help="of an open loop: random or equal gaps (default: %(default)s)",
     )
     load.add_argument(
         "--warmup", type=_seconds_or_0, default=3.0, metavar="SECONDS", help="does not count (default: %(default)g)"
@@ -84,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--text", action="store_true", help="prompts are so many words, not token ids")
     work.add_argument("--prompts", metavar="FILE", help="prompts from JSON lines, or a ShareGPT file")
     work.add_argument("--temperature", type=float, default=0.0, metavar="T", help="(default: 0, greedy)")
-    work.add_argument("--stop-at-eos", action="store_true", help="end tokens end a completion; lengths are then at most")
+    work.add_argument(
+        "--stop-at-eos", action="store_true", help="end tokens end a completion; lengths are then at most"
+    )
     work.add_argument(
         "--cache-salt", metavar="SALT", help="share cached prefixes with runs of the same salt (default: with none)"
     )

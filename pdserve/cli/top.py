@@ -40,19 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--once", action="store_true", help="print one frame; takes an interval, since rates are differences"
     )
+    parser.add_argument("--svg", metavar="FILE", help="keep the last frame as a picture, to show it to others")
     parser.add_argument(
-        "--svg", metavar="FILE", help="keep the frame of --once as a picture, to show it to others"
-    )
-    parser.add_argument(
-        "--no-pipelines", action="store_true", help="ask routers alone, where decode workers cannot be reached from here"
+        "--no-pipelines",
+        action="store_true",
+        help="ask routers alone, where decode workers cannot be reached from here",
     )
     add_access(parser)
 
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    if args.svg and not args.once:
-        raise ConfigError("--svg: expected --once as well")
     terminal = console()
     watching = Watching(args.router, access_of(args), interval_s=args.interval, pipelines=not args.no_pipelines)
     async with watching.running():
@@ -61,8 +59,6 @@ async def run(args: argparse.Namespace) -> int:
             terminal.print(_frame(terminal, watching, args.sort))
             if watching.failure is not None:
                 raise watching.failure
-            if args.svg:
-                _save(args.svg, watching, args.sort)
         elif terminal.is_terminal:
             await _live(terminal, watching, args)
         else:
@@ -70,6 +66,8 @@ async def run(args: argparse.Namespace) -> int:
                 await asyncio.sleep(args.interval)
                 terminal.print(_frame(terminal, watching, args.sort))
                 terminal.print()
+        if args.svg:
+            _save(args.svg, watching, args.sort)
     return 0
 
 

@@ -19,11 +19,11 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def table(console: Console, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
-    """Of those columns that fit the console beside each other."""
+def table(console: Console, columns: Sequence[Column], rows: Sequence[Any], *, first_width: int = 0) -> Table:
+    """Of those columns that fit the console beside each other, the first at least so wide."""
     shown = list(columns)
     while True:
-        made = _table(shown, rows)
+        made = _table(shown, rows, first_width)
         spare = max(shown, key=lambda column: column.spare)
         if not spare.spare or _width(console, made) <= console.width:
             return made
@@ -39,10 +39,16 @@ def shared_out(wanted: Sequence[int], available: int, *, at_least: int = 1) -> l
     return given
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+def _table(columns: Sequence[Column], rows: Sequence[Any], first_width: int) -> Table:
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for column in columns:
-        made.add_column(column.title, justify="right" if column.is_number else "left", no_wrap=True, overflow="ellipsis")
+    for place, column in enumerate(columns):
+        made.add_column(
+            column.title,
+            justify="right" if column.is_number else "left",
+            min_width=None if place else first_width,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in rows:
         made.add_row(*(column.cell(row) for column in columns))
     return made

@@ -28,8 +28,12 @@ def frame(console: Console, view: View, *, order: str, time: datetime.datetime, 
     if keys:
         # Each section: an empty line, its title, and the line that says how many more there are.
         most = shared_out(most, console.height - 2 - len(notes) - 3 * len(sections))
+    # Tables below each other begin alike.
+    names = [Text.assemble(columns[0].cell(row)) for _, columns, rows in sections for row in rows]
+    widest = max((name.cell_len for name in names), default=0)
     for (title, columns, rows), number in zip(sections, most, strict=True):
-        parts += [Text(), Text(title, style="bold"), table(console, columns, rows[:number])]
+        made = table(console, columns, rows[:number], first_width=min(widest, console.width // 4))
+        parts += [Text(), Text(title, style="bold"), made]
         if number < len(rows):
             parts.append(Text(f"… {len(rows) - number} more", style="dim"))
     if notes:
@@ -66,6 +70,7 @@ def _sections(view: View, order: str) -> Iterator[tuple[str, Sequence[Column], S
 def _notes(view: View) -> Iterator[Text]:
     if view.is_old:
         yield Text("no router answers: what is shown of workers is old", style="bold red")
+    silent: RouterRow | PipelineRow
     for silent in (*view.routers, *view.pipelines):
         # Wrapped: a reason that is cut off says nothing.
         if silent.error is not None:

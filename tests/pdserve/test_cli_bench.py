@@ -47,7 +47,9 @@ async def test_a_sweep_goes_to_all_routers_in_turn_and_counts_every_request(serv
 
 async def test_a_point_shares_no_cached_prefix_with_another_but_asks_the_same(serve, pdserve, tmp_path):
     router = TokenRouter()
-    await measured(pdserve, tmp_path, "--router", await serve(router.add_to), "--rate", "50", "90", "--num-requests", "4")
+    await measured(
+        pdserve, tmp_path, "--router", await serve(router.add_to), "--rate", "50", "90", "--num-requests", "4"
+    )
     first, second = router.requests[:4], router.requests[4:]
     assert len({request.cache_salt for request in router.requests}) == 2
 
@@ -150,7 +152,8 @@ async def test_lengths_beyond_the_context_are_refused_before_anything_is_sent(se
 
 
 @pytest.mark.parametrize(
-    "argv", [["--rate", "0"], ["--rate", "1", "--concurrency", "1"], ["--prompt-tokens", "9-1"], ["--arrivals", "never"]]
+    "argv",
+    [["--rate", "0"], ["--rate", "1", "--concurrency", "1"], ["--prompt-tokens", "9-1"], ["--arrivals", "never"]],
 )
 def test_wrong_usage_is_said_in_words(argv, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -180,7 +183,8 @@ def test_a_file_of_prompts_may_have_every_form(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [('"fine"\n{', "line 2"), ('"fine"\n{"x": 1}', "line 2: expected a string"), ("", "there is none")]
+    ("text", "words"),
+    [('"fine"\n{', "line 2"), ('"fine"\n{"x": 1}', "line 2: expected a string"), ("", "there is none")],
 )
 def test_a_file_that_cannot_be_used_is_told_where(tmp_path, text, words):
     (tmp_path / "prompts.jsonl").write_text(text)
