@@ -111,7 +111,7 @@ class RouterLoad:
     num_queued_clients: int
     num_queued_tokens: int
     num_held_requests: int
-    num_ended_requests: Mapping[str, int]
+    ended_requests: Mapping[str, int]
     num_turned_away_requests: int
 
 
@@ -238,9 +238,7 @@ def model_from_proto(message: router_pb2.GetModelResponse) -> Model:
 
 
 def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
-    load = RouterLoad(
-        **_fields(RouterLoad, message.load) | {"num_ended_requests": dict(message.load.num_ended_requests)}
-    )
+    load = RouterLoad(**_fields(RouterLoad, message.load) | {"ended_requests": dict(message.load.ended_requests)})
     return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded, load)
 
 

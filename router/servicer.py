@@ -163,7 +163,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             num_queued_clients=dispatcher.queue.num_clients,
             num_queued_tokens=dispatcher.queue.num_tokens,
             num_held_requests=dispatcher.num_held,
-            num_ended_requests=ended,
+            ended_requests=ended,
             num_turned_away_requests=sum(totals(metrics.turned_away).values()),
         )
 

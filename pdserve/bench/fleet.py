@@ -34,7 +34,7 @@ class Fleet:
     """`running` starts them; each `run` is one load."""
 
     def __init__(self, processes: Sequence[asyncio.subprocess.Process]) -> None:
-        self._processes = processes
+        self.processes = processes
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -57,10 +57,10 @@ class Fleet:
             Unavailable: a process cannot reach its routers.
             Internal: a process ended; its stderr, which is this one's, says why.
         """
-        of = len(self._processes)
-        for place, process in enumerate(self._processes):
+        of = len(self.processes)
+        for place, process in enumerate(self.processes):
             _say(process, replace(job, share=Share(place=place, of=of)).to_line())
-        for process in self._processes:
+        for process in self.processes:
             told = await _hear(process)
             if "failed" in told:
                 raise Unavailable(told["failed"], reason="UNREACHABLE")
@@ -76,8 +76,11 @@ class Fleet:
                 progress[place] = Progress(**told["progress"])
                 on_progress(time.monotonic() - start_s, _sum(progress))
 
-        async with asyncio.TaskGroup() as group:
-            following = [group.create_task(follow(place, one)) for place, one in enumerate(self._processes)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                following = [group.create_task(follow(place, one)) for place, one in enumerate(self.processes)]
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
         return Ran(start_s, [task.result() for task in following])
 
 

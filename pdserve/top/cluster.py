@@ -95,9 +95,9 @@ class Cluster:
         """A router has answered."""
         known = self._known.setdefault(router, _Known())
         load = told.load
-        failed = sum(number for code, number in load.num_ended_requests.items() if code not in (OK, CANCELLED))
+        failed = sum(number for code, number in load.ended_requests.items() if code not in (OK, CANCELLED))
         counts = {
-            "ok": load.num_ended_requests.get(OK, 0),
+            "ok": load.ended_requests.get(OK, 0),
             "refused": load.num_turned_away_requests,
             "failed": max(0, failed - load.num_turned_away_requests),
         }

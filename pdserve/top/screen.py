@@ -70,8 +70,8 @@ def _sections(view: View, order: str) -> Iterator[tuple[str, Sequence[Column], S
 def _notes(view: View) -> Iterator[Text]:
     if view.is_old:
         yield Text("no router answers: what is shown of workers is old", style="bold red")
-    silent: RouterRow | PipelineRow
-    for silent in (*view.routers, *view.pipelines):
+    watched: list[RouterRow | PipelineRow] = [*view.routers, *view.pipelines]
+    for silent in watched:
         # Wrapped: a reason that is cut off says nothing.
         if silent.error is not None:
             name = silent.address if isinstance(silent, RouterRow) else f"pipeline of {silent.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from common.health import Health
 from pdserve.v1 import (
@@ -212,10 +213,18 @@ class FakeWorker(decode_pb2_grpc.DecodeServiceServicer, worker_pb2_grpc.WorkerSe
 
 class TokenRouter(FakeRouter):
     """Puts out as many tokens as are asked for, `per_message` at once. Every `error_every`th request ends with `error`
-    instead. Counts the requests that are open."""
+    instead, and those after the first `hang_after` hang. Counts the requests that are open."""
 
-    def __init__(self, *, per_message: int = 1, error: Exception | None = None, error_every: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        per_message: int = 1,
+        error: Exception | None = None,
+        error_every: int = 0,
+        hang_after: float = math.inf,
+    ) -> None:
         super().__init__()
+        self.hang_after = hang_after
         self.per_message = per_message
         self.error = error
         self.error_every = error_every
@@ -227,6 +236,9 @@ class TokenRouter(FakeRouter):
         self.num_open += 1
         self.most_open = max(self.most_open, self.num_open)
         try:
+            if len(self.requests) > self.hang_after:
+                self.hangs.set()
+                await asyncio.Event().wait()
             if self.error is not None and len(self.requests) % self.error_every == 0:
                 raise self.error
             left = request.stopping.max_tokens

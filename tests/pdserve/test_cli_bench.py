@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import json
+import signal
 
 import pytest
 
 from common import errors
 from common.settings import ConfigError
+from pdserve.access import Access
+from pdserve.bench.fleet import Fleet
+from pdserve.bench.job import Job
+from pdserve.bench.lengths import Lengths
+from pdserve.bench.load import Point, Share
 from pdserve.bench.prompt_file import FilePrompt, read_prompts
+from pdserve.bench.workload import Workload
 from pdserve.cli import parse
 from pdserve.request import Chat, Message
 from tests.pdserve.fakes import TokenRouter
@@ -135,6 +143,48 @@ async def test_two_runs_are_compared(serve, pdserve, tmp_path):
     assert exit_code == 0
     assert "2 at a time" in stdout
     assert "differs" not in stdout
+
+
+async def test_ctrl_c_keeps_the_points_that_were_finished(serve, spawn, tmp_path):
+    router = TokenRouter(hang_after=2)
+    argv = ["--concurrency", "1", "2", "--num-requests", "2", "--router", await serve(router.add_to)]
+    process = spawn("-m", "pdserve", "bench", *SHORT, *argv, "--json", str(tmp_path / "run.json"))
+    async with asyncio.timeout(60):
+        await router.hangs.wait()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = await asyncio.to_thread(process.communicate)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert (process.returncode, stderr) == (130, "")
+    assert ([point["load"] for point in run["points"]], run["complete"]) == (["1 at a time"], False)
+    assert "1 at a time" in stdout
+
+
+async def test_a_process_that_dies_ends_the_run_with_a_failure(serve):
+    router = TokenRouter(hang_after=0)
+    lengths = Lengths(4, 4)
+    job = Job(
+        routers=(await serve(router.add_to),),
+        access=Access(),
+        point=Point(concurrency=2, num_requests=2),
+        share=Share(),
+        workload=Workload(seed=0, prompt_tokens=lengths, output_tokens=lengths, vocab_size=10),
+    )
+    async with asyncio.timeout(60), Fleet.running(2) as fleet:
+        running = asyncio.create_task(fleet.run(job, lambda elapsed_s, progress: None))
+        await router.hangs.wait()
+        fleet.processes[1].kill()
+        with pytest.raises(errors.Internal, match="ended before its time"):
+            await running
+
+
+async def test_a_router_that_goes_away_leaves_failures_and_the_points_before(serve, pdserve, tmp_path):
+    lost = errors.Unavailable("gone", reason="WORKER_LOST")
+    run = await measured(
+        pdserve, tmp_path, "--router", await serve(TokenRouter(error=lost, error_every=1).add_to), "--num-requests", "3"
+    )
+    (point,) = run["points"]
+    assert point["requests"]["by_status"] == {"UNAVAILABLE WORKER_LOST": 3}
+    assert point["ttft_ms"] is None
 
 
 async def test_a_router_that_is_not_there_is_one_line(pdserve, unused_address):

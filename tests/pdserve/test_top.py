@@ -108,7 +108,7 @@ def test_admission_is_told_by_what_became_of_requests():
     one = Told()
     one.hear(told(), 10.0)
     ended = {"OK": 20, "RESOURCE_EXHAUSTED": 6, "UNAVAILABLE": 2, "CANCELLED": 9}
-    one.hear(told(num_ended_requests=ended, num_turned_away_requests=6), 12.0)
+    one.hear(told(ended_requests=ended, num_turned_away_requests=6), 12.0)
     (row,) = one.view(12.0).routers
     assert (row.ok_per_s, row.refused_per_s, row.failed_per_s) == (10.0, 3.0, 1.0)
 
@@ -298,12 +298,12 @@ async def test_the_real_services_are_shown_with_their_tokens():
             await eventually(lambda: _has_counted(watching.view))
         view = watching.view
     assert {row.worker.role for row in view.workers} == {"PREFILL", "DECODE"}
-    assert view.routers[0].load.num_ended_requests["OK"] == 1
+    assert view.routers[0].load.ended_requests["OK"] == 1
     assert view.pipelines[0].stats is not None
 
 
 def _has_counted(view) -> bool:
     """The first token is prefill's, the others decode's; and the prompt was computed at prefill."""
     tokens = {row.worker.role: (row.worker.num_output_tokens, row.worker.num_prompt_tokens > 0) for row in view.workers}
-    ended = view.routers[0].load.num_ended_requests.get("OK") == 1
+    ended = view.routers[0].load.ended_requests.get("OK") == 1
     return ended and tokens == {"PREFILL": (1, True), "DECODE": (7, False)} and bool(view.pipelines)

@@ -62,7 +62,7 @@ async def test_a_router_lists_what_it_has_to_do_itself(cluster):
     load = (await cluster.stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5)).load
     waiting.cancel()
     assert (load.num_queued_requests, load.num_queued_clients, load.num_queued_tokens) == (1, 1, 3)
-    assert (load.num_running_requests, dict(load.num_ended_requests)) == (0, {"OK": 1})
+    assert (load.num_running_requests, dict(load.ended_requests)) == (0, {"OK": 1})
     assert load.boot_id
     assert load.instance_id
 
