@@ -140,6 +140,13 @@ class DecodeMetrics(WorkerMetrics):
         self.registry.register(self.pipeline)
 
 
+def totals(counter: Counter) -> dict[tuple[str, ...], int]:
+    """How far a counter of whole things has come, by the values of its labels; by () when it has none."""
+    [family] = counter.collect()
+    counted = [sample for sample in family.samples if sample.name.endswith("_total")]
+    return {tuple(sample.labels.values()): int(sample.value) for sample in counted}
+
+
 @contextlib.contextmanager
 def exposed(metrics: Metrics, address: str) -> Iterator[None]:
     """Serves `metrics` over HTTP on HOST:PORT meanwhile; nowhere when `address` is empty.

@@ -17,7 +17,7 @@ from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError, Unavailable
 from common.health import Health
 from common.load import Load
-from common.metrics import WorkerMetrics
+from common.metrics import WorkerMetrics, totals
 from common.wire import pressure_to_proto
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
@@ -214,5 +214,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         state = types_pb2.WORKER_STATE_DRAINING if self.draining else types_pb2.WORKER_STATE_SERVING
         fields = {**load._asdict(), "pressure": pressure_to_proto(load.pressure)}
         return worker_pb2.WatchLoadResponse(
-            identity=identity, state=state, num_pairs=self.num_pairs(), num_watchers=self.num_watchers, **fields
+            identity=identity,
+            state=state,
+            num_pairs=self.num_pairs(),
+            num_watchers=self.num_watchers,
+            num_output_tokens=totals(self._metrics.output_tokens)[()],
+            num_prompt_tokens=totals(self._metrics.computed_tokens)[()],
+            **fields,
         )

@@ -6,6 +6,7 @@ Fields mean what the messages of the same names in `protos/pdserve/v1/` say.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,27 @@ class Worker:
     num_pairs: int
     model_fingerprint: str
     pressure: tuple[str, ...]
+    num_reserved: int
+    num_waiting_tokens: int
+    step_ms: float
+    num_output_tokens: int
+    num_prompt_tokens: int
+    told_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """What a router has to do, and what has ended there since it started; router.proto explains the fields."""
+
+    instance_id: str
+    boot_id: str
+    num_running_requests: int
+    num_queued_requests: int
+    num_queued_clients: int
+    num_queued_tokens: int
+    num_held_requests: int
+    ended_requests: Mapping[str, int]
+    num_turned_away_requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +121,7 @@ class Workers:
 
     workers: tuple[Worker, ...]
     degraded: bool
+    load: RouterLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +238,8 @@ def model_from_proto(message: router_pb2.GetModelResponse) -> Model:
 
 
 def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
-    return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded)
+    load = RouterLoad(**_fields(RouterLoad, message.load) | {"ended_requests": dict(message.load.ended_requests)})
+    return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded, load)
 
 
 def explanation_from_proto(message: router_pb2.ExplainResponse) -> Explanation:

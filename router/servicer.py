@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import urllib.parse
+import uuid
 from collections.abc import Iterator, Sequence
 
 import grpc.aio
@@ -13,6 +14,7 @@ from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from common.identities import CALLER
+from common.metrics import totals
 from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
@@ -54,6 +56,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._parts = parts
         self._fleet = parts.fleet
         self._in_flight = in_flight
+        self._boot_id = uuid.uuid4().hex
         self._intake = Intake(parts.tokenizer, model_id=config.model_id, max_prompt_tokens=config.max_prompt_tokens)
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
@@ -87,7 +90,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             for role in (self._fleet.prefill, self._fleet.decode)
             for worker in sorted(role, key=lambda worker: worker.address)
         ]
-        return router_pb2.ListWorkersResponse(workers=map(_worker, workers), degraded=self._fleet.is_degraded)
+        now_s = self._parts.clock()
+        return router_pb2.ListWorkersResponse(
+            workers=[_worker(worker, now_s) for worker in workers], degraded=self._fleet.is_degraded, load=self._load()
+        )
 
     async def Explain(
         self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext
@@ -146,6 +152,21 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             record.completed(completed)
             await write(router_pb2.GenerateResponse(completion=_completion(completed)))
 
+    def _load(self) -> router_pb2.RouterLoad:
+        dispatcher, metrics = self._parts.dispatcher, self._parts.metrics
+        ended = {code: number for (code,), number in totals(metrics.requests).items()}
+        return router_pb2.RouterLoad(
+            instance_id=self._config.instance_id,
+            boot_id=self._boot_id,
+            num_running_requests=len(self._in_flight) - len(dispatcher.queue),
+            num_queued_requests=len(dispatcher.queue),
+            num_queued_clients=dispatcher.queue.num_clients,
+            num_queued_tokens=dispatcher.queue.num_tokens,
+            num_held_requests=dispatcher.num_held,
+            ended_requests=ended,
+            num_turned_away_requests=sum(totals(metrics.turned_away).values()),
+        )
+
     def _model(self) -> ServedModel:
         model = self._fleet.model
         if model is None:
@@ -191,7 +212,7 @@ def _completion(completed: Completed) -> router_pb2.Completion:
     )
 
 
-def _worker(worker: Worker) -> router_pb2.Worker:
+def _worker(worker: Worker, now_s: float) -> router_pb2.Worker:
     identity, load = worker.identity, worker.load
     return router_pb2.Worker(
         role=_ROLES[worker.role],
@@ -207,6 +228,12 @@ def _worker(worker: Worker) -> router_pb2.Worker:
         num_pairs=worker.num_pairs,
         model_fingerprint=identity.model_fingerprint if identity else "",
         pressure=pressure_to_proto(load.pressure),
+        num_reserved=load.num_reserved,
+        num_waiting_tokens=load.num_waiting_tokens,
+        step_ms=load.step_ms,
+        num_output_tokens=worker.num_output_tokens,
+        num_prompt_tokens=worker.num_prompt_tokens,
+        told_s=0.0 if worker.heard_s is None else now_s - worker.heard_s,
     )
 
 

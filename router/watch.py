@@ -112,6 +112,8 @@ class Watch:
         load = Load(**{name: getattr(message, name) for name in Load._fields})
         load = load._replace(pressure=pressure_from_proto(message.pressure))
         self._worker.num_watchers = message.num_watchers
+        self._worker.num_output_tokens = message.num_output_tokens
+        self._worker.num_prompt_tokens = message.num_prompt_tokens
         self._worker.hear(state, load, message.num_pairs, self._clock())
 
 
