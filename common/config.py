@@ -177,6 +177,12 @@ class WorkerConfig(ServiceConfig):
         maximum=256 * 2**20,
     )
     staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=MAX_STAGING_CHUNKS)
+    max_pairs: int = setting(
+        64,
+        "workers of the other role that this one is paired with; one more ends the pair that has been idle for "
+        "longest, or is refused while all are in use",
+        minimum=1,
+    )
 
     drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
 
