@@ -218,9 +218,7 @@ async def test_an_idle_pair_is_closed_and_a_busy_one_is_not(start_decode, make_r
     assert outcomes.wait(A).detail == "abandoned by prefill"
 
 
-async def test_one_pair_too_many_ends_the_one_that_prefill_has_not_used_for_longest(
-    start_decode, make_registry
-) -> None:
+async def test_one_pair_too_many_ends_the_one_unused_for_longest_at_prefill(start_decode, make_registry) -> None:
     decodes, clock = [await start_decode() for _ in range(3)], FakeClock()
     registry = make_registry(max_pairs=2, clock=clock)
     pairs = []
@@ -254,7 +252,7 @@ async def test_prefill_refuses_a_pair_while_all_it_may_hold_are_in_use(start_dec
     assert pair.ended
 
 
-async def test_one_pair_too_many_ends_the_one_that_decode_has_not_used_for_longest(start_decode, make_registry) -> None:
+async def test_one_pair_too_many_ends_the_one_unused_for_longest_at_decode(start_decode, make_registry) -> None:
     clock = FakeClock()
     decode = await start_decode(clock, max_pairs=2)
     registries = [make_registry(dataclasses.replace(PREFILL, worker=f"prefill-{number}")) for number in range(3)]
