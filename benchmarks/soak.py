@@ -23,9 +23,9 @@ from benchmarks import soak_verdict
 from benchmarks.report import Report
 from benchmarks.soak_clients import NUM_KINDS, Clients, Door, Fate
 from benchmarks.soak_figures import Figures
-from benchmarks.soak_freed import freed_ms
+from benchmarks.soak_freed import freed
 from benchmarks.soak_strikes import KILLS, MIXED, OF_THE_NETWORK, Blow, Striker
-from benchmarks.soak_verdict import FREED_MS, Row
+from benchmarks.soak_verdict import Row
 from pdserve.v1 import types_pb2
 from tests.support import network
 from tests.support.processes import Cluster, running_cluster
@@ -73,12 +73,12 @@ class Soaked:
         asked, strikes = self._clients.asked, self._striker.strikes
         routers = {router.address: router.log.read_text().splitlines() for router in self._cluster.routers}
         told = [one for address, log in routers.items() for one in soak_verdict.noticed(address, log)]
-        freed = await freed_ms(self._doors[0], self._cluster.workers)
+        left = await freed(self._doors[0], self._cluster.workers)
         return [
             *soak_verdict.requests(asked, strikes),
             *soak_verdict.detection(strikes, told, list(routers)),
             *soak_verdict.failover(asked, strikes),
-            Row(f"blocks of a left request are free, ms, the latest of {len(freed)}", max(freed), FREED_MS),
+            *soak_verdict.freed(left),
             *soak_verdict.resources(self.figures.taken),
         ]
 

@@ -7,6 +7,7 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 import grpc.aio
 
@@ -25,6 +26,8 @@ class Loads:
 
     def __init__(self) -> None:
         self._is_free: dict[str, bool] = {}
+        # Of the slowest prefill worker.
+        self.token_ms = 0.0
         self._changed = asyncio.Condition()
 
     async def follow(self, worker: Service) -> None:
@@ -34,6 +37,7 @@ class Loads:
                 num_total = load.identity.num_total_blocks or num_total
                 async with self._changed:
                     num_held = num_total - load.num_free_blocks
+                    self.token_ms = max(self.token_ms, load.token_ms)
                     self._is_free[worker.address] = not (num_held or load.num_running or load.num_waiting)
                     self._changed.notify_all()
 
@@ -61,9 +65,17 @@ async def _followed(workers: Sequence[Service]) -> AsyncIterator[Loads]:
         await asyncio.gather(*following, return_exceptions=True)
 
 
-async def freed_ms(door: Door, workers: Sequence[Service]) -> list[float]:
-    """Of each request: from its client's leaving until all workers tell that they hold nothing. Nobody else asks."""
-    draw, taken_ms = random.Random(0), []
+class Freed(NamedTuple):
+    """Of each request: from its client's leaving until all workers tell that they hold nothing. And what a chunk takes:
+    between chunks is where a leaving acts."""
+
+    taken_ms: list[float]
+    chunk_ms: float
+
+
+async def freed(door: Door, workers: Sequence[Service]) -> Freed:
+    """Nobody else asks meanwhile."""
+    draw, taken_ms = random.Random(0), list[float]()
     async with _followed(workers) as loads:
         for number in range(NUM_LEFT):
             await loads.until(workers, free=True)
@@ -77,7 +89,7 @@ async def freed_ms(door: Door, workers: Sequence[Service]) -> list[float]:
                 await call.read()
             await loads.until(workers, free=True)
             taken_ms.append((time.monotonic() - left_s) * 1e3)
-    return taken_ms
+    return Freed(taken_ms, loads.token_ms * NUM_PROMPT_TOKENS)
 
 
 def _request(draw: random.Random) -> router_pb2.GenerateRequest:

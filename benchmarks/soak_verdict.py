@@ -13,6 +13,7 @@ from typing import NamedTuple
 from benchmarks.fault_cells import DETECT_MS
 from benchmarks.soak_clients import Asked, Fate
 from benchmarks.soak_figures import MAX_GROWTH, Points, Start, growth
+from benchmarks.soak_freed import Freed
 from benchmarks.soak_strikes import Strike
 
 # How much later than undisturbed the next token may come.
@@ -110,6 +111,12 @@ def failover(asked: Sequence[Asked], strikes: Sequence[Strike]) -> list[Row]:
                 p99_ms = statistics.quantiles(hit, n=100, method="inclusive")[-1] * 1e3
                 rows.append(Row(f"so much later after a {kind} of {role}, ms, p99 of {len(hit)}", p99_ms, limit_ms))
     return rows
+
+
+def freed(left: Freed) -> list[Row]:
+    """Within 100 ms or a chunk, whichever is longer."""
+    figure = f"blocks of a left request are free, ms, the latest of {len(left.taken_ms)}"
+    return [Row(figure, max(left.taken_ms), round(max(FREED_MS, left.chunk_ms)))]
 
 
 def resources(taken: Mapping[str, Mapping[Start, Points]]) -> list[Row]:

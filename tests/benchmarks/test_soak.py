@@ -13,6 +13,7 @@ from benchmarks import soak_verdict
 from benchmarks.soak import SCENARIOS, Soaked
 from benchmarks.soak_clients import Asked, Fate
 from benchmarks.soak_figures import MEMORY, WARM_UP_S, Start, growth
+from benchmarks.soak_freed import Freed
 from benchmarks.soak_strikes import KILLS, MIXED, Strike, Striker
 from benchmarks.soak_verdict import Noticed
 from tests.support.processes import Cluster, running_cluster
@@ -81,6 +82,11 @@ def test_the_delay_of_who_was_struck_is_against_who_was_not():
     hit = [_asked(99.0, 99.9, 101.5, num_resumptions=1)] * 2
     rows = soak_verdict.failover([*calm, *hit, _asked(99.0, 107.0)], [kill])
     assert _measured(rows, "so much later after a kill of decode") == pytest.approx(1000.0)
+
+
+def test_a_left_request_may_keep_its_blocks_for_as_long_as_a_chunk_takes():
+    kept = [soak_verdict.freed(Freed([20.0, 120.0], chunk_ms))[0].is_kept for chunk_ms in (10.0, 130.0)]
+    assert kept == [False, True]
 
 
 def test_growth_is_told_of_starts_that_were_there_for_long_enough():

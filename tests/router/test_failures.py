@@ -138,7 +138,8 @@ async def test_without_prefill_workers_decode_prefills_until_one_comes():
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_LOCAL
         assert cluster.decode.opened[0].local_prefill
         await cluster.prefill.restart()
-        await eventually(lambda: not cluster.router.fleet.is_degraded)
+        # Not that it is not degraded: it is not either while the decode worker is missed.
+        await eventually(lambda: cluster.num_serving == 2)
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_REMOTE
 
 
