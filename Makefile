@@ -66,8 +66,8 @@ bench: install ## benchmarks
 faults: install ## every fault in every phase at every role, and what was promised for each (ARGS="kill decode")
 	$(BIN)/python -u -m benchmarks.faults $(ARGS)
 
-soak: install ## mixed traffic with random faults, for so many minutes (MINUTES=5)
-	$(BIN)/python -u -m benchmarks.soak $(MINUTES)
+soak: install ## mixed traffic under random faults, for so many minutes (MINUTES=5; ARGS=kills: kills of workers alone)
+	$(BIN)/python -u -m benchmarks.soak $(MINUTES) $(ARGS)
 
 fuzz: install ## ten thousand random requests and as many random headers, and what stays behind
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check atheris || echo "no atheris for this Python: nothing will be fuzzed by coverage"

@@ -116,6 +116,13 @@ class RouterConfig(ServiceConfig):
     max_requests_per_client: int = setting(512, "requests that one client host may have in flight", minimum=1)
     max_prompt_tokens: int = setting(0, "longest prompt, in tokens; 0: what the model's context allows", minimum=0)
     heartbeat_timeout_s: float = setting(2.0, "silence, in seconds, after which a worker is UNREACHABLE", above=0.5)
+    replace_wait_s: float = setting(
+        30.0,
+        "how long a request that lost its decode worker, or waits in the queue, waits for a worker while none takes "
+        "new work, in seconds",
+        minimum=0,
+    )
+    drain_s: float = setting(120.0, "how long a drain waits for running requests, in seconds", minimum=0)
     startup_grace_s: float = setting(
         10.0, "how long a starting router waits to meet every worker before it is ready without some", minimum=0
     )
@@ -177,6 +184,12 @@ class WorkerConfig(ServiceConfig):
         maximum=256 * 2**20,
     )
     staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=MAX_STAGING_CHUNKS)
+    max_pairs: int = setting(
+        64,
+        "workers of the other role that this one is paired with; one more ends the pair that has been idle for "
+        "longest, or is refused while all are in use",
+        minimum=1,
+    )
 
     drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
 

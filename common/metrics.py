@@ -59,6 +59,9 @@ class RouterMetrics(Metrics):
         self.prompt_tokens = new.counter("prompt_tokens", "Prompt tokens of finished requests.")
         self.output_tokens = new.counter("output_tokens", "Tokens put out.")
         self.running_requests = new.gauge("running_requests", "Requests placed on workers.")
+        self.replacing_requests = new.gauge(
+            "replacing_requests", "Requests that lost their decode worker and wait for one to go on at."
+        )
         self.queue_requests = new.gauge("queue_requests", "Requests waiting to be placed.")
         self.queue_tokens = new.gauge("queue_tokens", "Prompt tokens waiting to be placed.")
         self.queue_clients = new.gauge("queue_clients", "Clients whose requests wait to be placed.")

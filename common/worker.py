@@ -143,13 +143,15 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         interval_s = told_every_s(request)
         self.num_watchers += 1
         try:
-            yield self._load_message(self.identity)
+            identity: worker_pb2.WorkerIdentity | None = self.identity
             while True:
+                # Before the message is made: what changes while the watcher is left in peace is told right afterwards.
                 changed = self._load_changed
+                yield self._load_message(identity)
+                identity = None
+                await asyncio.sleep(interval_s)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), HEARTBEAT_S - interval_s)
-                yield self._load_message(None)
-                await asyncio.sleep(interval_s)
         finally:
             self.num_watchers -= 1
 

@@ -171,6 +171,8 @@ class Explanation:
 
     placings: tuple[Placing, ...]
     num_queued_requests: int
+    # They have lost their decode worker and wait for one to go on at.
+    num_replacing_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,11 @@ def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
 
 
 def explanation_from_proto(message: router_pb2.ExplainResponse) -> Explanation:
-    return Explanation(tuple(map(_placing_from_proto, message.placings)), message.num_queued_requests)
+    return Explanation(
+        tuple(map(_placing_from_proto, message.placings)),
+        message.num_queued_requests,
+        message.num_replacing_requests,
+    )
 
 
 def pipeline_stats_from_proto(message: decode_pb2.GetPipelineStatsResponse) -> PipelineStats:

@@ -109,6 +109,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.ExplainResponse(
             placings=[_placing(placing, now_s) for placing in placings],
             num_queued_requests=len(self._parts.dispatcher.queue),
+            num_replacing_requests=self._parts.dispatcher.num_replacing,
         )
 
     async def _explain(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> Sequence[Placing]:
@@ -145,7 +146,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             record.put_out(piece)
             await write(_chunk(piece))
 
-        with self._in_flight.entry(arrival.client, record.request_id):
+        async with self._in_flight.entry(arrival.client, record.request_id):
             admitted = await self._intake.admit(request, self._model(), record.request_id, arrival)
             record.admitted(admitted)
             completed = await Session(admitted, self._parts).run(put_out)

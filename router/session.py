@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from common.errors import PdserveError
+from common.errors import PdserveError, Unavailable
 from router.decode_stream import DecodeCompletion
 from router.dispatcher import Placement
 from router.failures import Failures
@@ -107,7 +107,7 @@ class Session:
         return True
 
     async def _place_elsewhere(self, placement: Placement, error: PdserveError) -> Placement:
-        """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""
+        """A decode worker to go on with. Raises PdserveError when there is none, or when going on cannot help."""
         self._parts.fleet.heed(placement.worker, error)
         self._failures.add(error)
         self._failures.decode_workers[placement.worker] = placement.generation
@@ -119,11 +119,9 @@ class Session:
             kind=placement.identity.kind if has_begun else None,
             request_id=self._request.request_id,
         )
-        # A stream that has begun is worth waiting for a worker that comes back.
-        wait_s = self._parts.fleet.heartbeat_timeout_s if has_begun else 0.0
-        found = await self._parts.dispatcher.place_again(demand, self._failures, wait_s=wait_s)
-        if found is None:
-            raise error
+        # What a worker refuses before anything has come, is refused.
+        can_wait = has_begun or isinstance(error, Unavailable)
+        found = await self._parts.dispatcher.place_again(demand, self._failures, error, can_wait=can_wait)
         log.info("going on at another decode worker: %s", error, extra={"worker": found.worker.address})
         if has_begun:
             self._path.num_resumptions += 1

@@ -54,6 +54,9 @@ async def run(args: argparse.Namespace) -> int:
     if args.request is None and explanation.num_queued_requests:
         waiting = counted(explanation.num_queued_requests, "request")
         terminal.print(f"{waiting} would be in front of it in the queue", style="yellow")
+    if explanation.num_replacing_requests:
+        lost = counted(explanation.num_replacing_requests, "request")
+        terminal.print(f"{lost} without a decode worker: lost, and none to go on at", style="yellow")
     return 0
 
 

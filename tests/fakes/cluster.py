@@ -55,6 +55,7 @@ class FakeCluster:
                     "prefill": tuple(worker.address for worker in self.prefills) or ("127.0.0.1:1",),
                     "decode": tuple(worker.address for worker in self.decodes) or ("127.0.0.1:1",),
                     "heartbeat_timeout_s": 0.6,
+                    "replace_wait_s": 1.0,
                     "startup_grace_s": 0.0,
                     **config,
                 }

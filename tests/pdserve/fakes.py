@@ -129,6 +129,7 @@ EXPLANATION = router_pb2.ExplainResponse(
         ),
     ],
     num_queued_requests=2,
+    num_replacing_requests=1,
 )
 
 

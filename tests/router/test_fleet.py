@@ -1,5 +1,7 @@
 """What a router sees of its workers, and tells of them."""
 
+import time
+
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -81,6 +83,14 @@ async def test_a_silent_worker_is_unreachable_until_it_speaks(cluster):
     assert "nothing was heard of it for 0.6 s" in _decode(cluster).reason
     cluster.decode.is_silent = False
     await _is(cluster, SERVING)
+
+
+async def test_a_router_that_stood_still_itself_misses_nobody(cluster):
+    generation, step = _decode(cluster).generation, _decode(cluster).load.step_counter
+    # Nothing is read for longer than a silence may last.
+    time.sleep(2 * cluster.router.fleet.heartbeat_timeout_s)  # noqa: ASYNC251
+    await eventually(lambda: _decode(cluster).load.step_counter > step + 10)
+    assert _decode(cluster).generation == generation
 
 
 @pytest.mark.promise(6)
