@@ -1,5 +1,5 @@
-"""`python -m pdserve.tied PID MODULE ARGUMENTS...`: runs a service that ends when PID does, the process that started it;
-however that ends: it may be killed, or crash."""
+"""`python -m pdserve.tied PID MODULE ARGUMENTS...`: runs a service that ends when PID, which started it, ends; however
+that happens: it may be killed, or crash."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from common.settings import ConfigError
 from pdserve import gpus, llm
 from pdserve.llm import LLM
 from pdserve.local_services import LocalServices
+from tests.support.processes import ROOT
 
 PATIENCE_S = 60.0
 
@@ -148,3 +149,12 @@ input()
     owner.communicate("\n", timeout=PATIENCE_S)
     assert_all_end(services)
     assert not is_tidy or list(tmp_path.glob("pdserve-llm-*")) == []
+
+
+@pytest.mark.slow
+def test_the_example_runs(spawn):
+    process = spawn(str(ROOT / "examples" / "offline.py"), PYTHONPATH=str(ROOT))
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, stderr
+    assert stdout.count(" bytes over ") == 3
+    assert "Pipeline statistics\n  Total tokens: " in stdout
