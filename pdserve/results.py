@@ -6,7 +6,8 @@ Fields mean what the messages of the same names in `protos/pdserve/v1/` say.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,41 @@ class Completion:
     stop_token_id: int | None
     usage: Usage
     path: ServingPath
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A whole completion; `reply["text"]` is `reply.text`.
+
+    `logprobs` has one entry for each of `token_ids` when `num_logprobs` was asked for, `prompt_logprobs` one for each
+    token of the prompt but the first when `num_prompt_logprobs` was.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_string: str | None
+    stop_token_id: int | None
+    usage: Usage
+    path: ServingPath
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], end: Completion) -> Reply:
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks)),
+            logprobs=tuple(itertools.chain.from_iterable(chunk.logprobs for chunk in chunks)),
+            prompt_logprobs=tuple(itertools.chain.from_iterable(chunk.prompt_logprobs for chunk in chunks)),
+            **{field.name: getattr(end, field.name) for field in dataclasses.fields(end)},
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pdserve.bench.job import Done, Job, Progress
 from pdserve.bench.load import Loop
 from pdserve.bench.observer import Observer
 from pdserve.bench.workload import Ask
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 
 PROGRESS_S = 0.25
 READY_TIMEOUT_S = 30.0
@@ -31,7 +31,9 @@ async def serve() -> None:
 
 async def run(job: Job) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(Client(one, access=job.access)) for one in job.routers]
+        clients = [AsyncClient(one, access=job.access, retries=0) for one in job.routers]
+        for client in clients:
+            await stack.enter_async_context(client)
         try:
             for client in clients:
                 await client.get_model(timeout_s=READY_TIMEOUT_S)

@@ -10,7 +10,7 @@ from typing import Any
 from common.clock import Clock
 from common.errors import PdserveError
 from pdserve.bench.workload import Ask
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import Completion
 
 OK = "OK"
@@ -47,7 +47,7 @@ class Sent:
 Follow = Callable[[Ask, Sent], Any]
 
 
-async def follow(client: Client, ask: Ask, sent: Sent, *, timeout_s: float, clock: Clock) -> None:
+async def follow(client: AsyncClient, ask: Ask, sent: Sent, *, timeout_s: float, clock: Clock) -> None:
     """Sends `ask` and notes in `sent` what comes; whatever it ends with is a status."""
     sent.sent_s = clock()
     left_s = max(LEAST_S, sent.due_s + timeout_s - sent.sent_s)

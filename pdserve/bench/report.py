@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import PdserveError
 from common.settings import ConfigError
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 
 SCHEMA = "pdserve-bench/1"
 PACKAGES = ("pdserve", "grpcio", "protobuf", "uvloop")
@@ -41,13 +41,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-async def target(client: Client) -> dict[str, Any]:
+async def target(client: AsyncClient) -> dict[str, Any]:
     """What a router says of itself. Its workers are for operators to know; where it does not tell them, it says why.
 
     Raises PdserveError when it does not answer at all.
     """
     model = await client.get_model()
-    told: dict[str, Any] = {"address": client.target, "model": dataclasses.asdict(model)}
+    told: dict[str, Any] = {"address": ",".join(client.targets), "model": dataclasses.asdict(model)}
     try:
         known = await client.list_workers()
     except PdserveError as error:

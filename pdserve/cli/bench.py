@@ -23,7 +23,7 @@ from pdserve.cli.arguments import access_of
 from pdserve.cli.bench_arguments import add_arguments, limits_of, points_of, settings_of, workload_of
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 
 __all__ = ["add_arguments", "run"]
 
@@ -115,7 +115,7 @@ async def _with_bar(fleet: Fleet, job: Job) -> Ran:
 async def _targets(args: argparse.Namespace) -> list[dict[str, Any]]:
     targets = []
     for router in args.router:
-        async with Client(router, access=access_of(args)) as client:
+        async with AsyncClient(router, access=access_of(args)) as client:
             targets.append(await report.target(client))
     return targets
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from pdserve.cli.arguments import access_of, add_router
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console, counted
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import Candidate, Placing, PrefillWay
 
 # What the router says where no prompt is too long.
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    async with Client(args.router, access=access_of(args)) as client:
+    async with AsyncClient(args.router, access=access_of(args), retries=args.retries) as client:
         if args.request is not None:
             explanation = await client.explain_request(args.request)
         else:

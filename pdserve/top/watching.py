@@ -10,7 +10,7 @@ from typing import Any
 from common.clock import Clock, monotonic
 from common.errors import PdserveError
 from pdserve.access import Access
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import PipelineStats, Workers
 from pdserve.top.cluster import Cluster, View
 from pdserve.top.watch import Watch
@@ -31,7 +31,7 @@ class Watching:
         self._with_pipelines = pipelines
         self._clock = clock
         self._cluster = Cluster(old_after_s=max(3 * interval_s, interval_s + CALL_TIMEOUT_S))
-        self._clients = {address: Client(address, access=access) for address in routers}
+        self._clients = {address: AsyncClient(address, access=access, retries=0) for address in routers}
         self._routers = [self._router(address) for address in routers]
         self._pipelines: dict[str, tuple[Watch[PipelineStats], asyncio.Task[None]]] = {}
 

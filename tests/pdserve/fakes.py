@@ -136,11 +136,13 @@ EXPLANATION = router_pb2.ExplainResponse(
 class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     """Records `requests` and `deadlines_s`; sets `hangs` when a call comes to a HANG and `left` when it ends there.
 
-    Not ready until `health` is told so. `workers` may be an error, which ListWorkers raises.
+    The first calls fail with `failures`, one each. Not ready until `health` is told so. `workers` may be an error,
+    which ListWorkers raises.
     """
 
-    def __init__(self, script=SCRIPT, *, workers=WORKERS) -> None:
+    def __init__(self, script=SCRIPT, *, failures=(), workers=WORKERS) -> None:
         self.script = script
+        self.failures = list(failures)
         self.workers = workers
         self.requests: list[router_pb2.GenerateRequest] = []
         self.deadlines_s: list[float | None] = []
@@ -153,6 +155,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     async def Generate(self, request, context):
         self.requests.append(request)
         self.deadlines_s.append(context.time_remaining())
+        self._fail()
         for step in self.script:
             if step is HANG:
                 self.hangs.set()
@@ -164,7 +167,12 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
                 raise step
             yield step
 
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
     async def GetModel(self, request, context):
+        self._fail()
         return router_pb2.GetModelResponse(
             model_id="tiny", context_length=2048, vocab_size=4096, has_tokenizer=True, model_fingerprints=["f"]
         )
