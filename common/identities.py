@@ -104,7 +104,7 @@ class Gate:
             CALLER.set(self.caller(method, _token(context), _names(context)))
 
     def caller(self, method: str, token: str | None, names: Iterable[str]) -> Caller:
-        """Who shows `token` and a certificate made out to `names`, as a caller of `method`, which not everybody may call.
+        """Who shows `token` and a certificate made out to `names`, to call a `method` that not everybody may.
 
         Raises:
             Unauthenticated: the caller shows nothing that is known here.

@@ -115,7 +115,7 @@ def server_context_of(config: ServiceConfig) -> ssl.SSLContext | None:
     """What a service listens with where it speaks something else than gRPC; None: plaintext. Raises ConfigError as
     `Tls` does."""
     tls = tls_of(config)
-    return tls and tls.server_context(require_client=config.tls_client_certificates)
+    return None if tls is None else tls.server_context(require_client=config.tls_client_certificates)
 
 
 def server_credentials_of(config: ServiceConfig) -> grpc.ServerCredentials | None:
