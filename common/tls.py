@@ -67,12 +67,13 @@ class Tls:
         """What `server_credentials` are to a server that is not gRPC's; files that have changed count from the next
         handshake on, here too."""
         context = self._read().context
-        # The handshake's own, whatever files it is given below.
         context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_NONE
 
         def newest(connection: ssl.SSLObject, name: str | None, initial: ssl.SSLContext) -> None:
-            # Called at each handshake, with a name or without one.
+            # Called at each handshake, with a name or without one. Who is asked for a certificate was settled before,
+            # but one that was shown is read by the mode of the context.
             connection.context = self._pem.value.context
+            connection.context.verify_mode = initial.verify_mode
 
         context.sni_callback = newest
         return context

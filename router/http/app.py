@@ -8,7 +8,6 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from common import logs
 from common.errors import InvalidArgument
 from common.metrics import RouterMetrics
 from common.params import MAX_REQUEST_ID_BYTES
@@ -54,13 +53,14 @@ def _guard(metrics: RouterMetrics) -> Middleware:
         request[ID] = str(uuid.uuid4())
         try:
             response = await _answer(request, handler)
+            # Here, and not by aiohttp, which would wait for its reader for ever.
+            async with last_words(request):
+                await response.prepare(request)
+                await response.write_eof()
         except asyncio.CancelledError:
             metrics.http_replies.labels(status="499").inc()
             raise
         metrics.http_replies.labels(status=str(response.status)).inc()
-        async with last_words(request):
-            await response.prepare(request)
-            await response.write_eof()
         return response
 
     return guard
@@ -69,10 +69,9 @@ def _guard(metrics: RouterMetrics) -> Middleware:
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         request[ID] = _request_id(request)
-        with logs.bound(http_request=request[ID]):
-            return await handler(request)
+        return await handler(request)
     except web.HTTPException as refusal:
-        return response_of_http(refusal)
+        return response_of_http(refusal, request)
     except Exception as failure:
         error = error_of(failure)
         return response_of(error, request.get(BODY, {}))

@@ -57,7 +57,8 @@ def error_of(failure: BaseException) -> PdserveError:
 def body_of(error: PdserveError, request: Json) -> Json:
     """Names the parameter as it is called in the body of the `request`."""
     param = param_of(error.field, request) if error.field else None
-    message = error.message.replace(error.field, param) if param else error.message
+    is_named = param is not None and error.message.startswith(error.field)
+    message = f"{param}{error.message.removeprefix(error.field)}" if is_named else error.message
     return _body(message, ANSWERS[error.code].type, param, error.reason)
 
 
@@ -72,11 +73,13 @@ def response_of(error: PdserveError, request: Json) -> web.Response:
     return _json(answer.status, body_of(error, request), headers)
 
 
-def response_of_http(refusal: web.HTTPException) -> web.Response:
-    """For what never became a request: no such path, too large a body and the like."""
+def response_of_http(refusal: web.HTTPException, request: web.Request) -> web.Response:
+    """For what never became one of the router's requests: no such path, too large a body and the like."""
     code = "_".join(refusal.reason.upper().replace("-", " ").split())
+    words = {404: f"there is nothing at {request.path}", 405: f"{request.path} does not take {request.method}"}
+    message = words.get(refusal.status) or refusal.text or refusal.reason
     headers = {"x-should-retry": "false"} | ({"Allow": refusal.headers["Allow"]} if "Allow" in refusal.headers else {})
-    return _json(refusal.status, _body(refusal.text or refusal.reason, "invalid_request_error", None, code), headers)
+    return _json(refusal.status, _body(message, "invalid_request_error", None, code), headers)
 
 
 def _body(message: str, type: str, param: str | None, code: str) -> Json:

@@ -193,7 +193,7 @@ def check_names(body: Json, known: set[str]) -> None:
             raise InvalidArgument(f"{param} is not supported here: leave it out", field=param)
 
 
-_PARAMS = {field.path: param for param, field in reversed([*OF_CHAT.items(), *FIELDS.items()])} | {
+_PARAMS = {field.path: param for param, field in (*OF_CHAT.items(), *FIELDS.items())} | {
     "prompt_token_ids.ids": "prompt",
     "chat": "messages",
     "request_id": "X-Request-Id",

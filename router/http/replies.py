@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Mapping
 
@@ -18,6 +19,7 @@ from router.http.shapes import Shape, usage_of
 from router.output import Piece
 
 LAST_WORDS_S = 30.0
+SEND_BUFFER_BYTES = 64 * 2**10
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -101,12 +103,17 @@ class EventReply:
     async def _send(self, event: Json) -> None:
         await self._write(b"data: " + _json(event) + b"\n\n")
 
+    async def _begin(self) -> None:
+        # Otherwise the system would take megabytes of events for a reader that takes none.
+        self._request.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        await self.response.prepare(self._request)
+
     async def _write(self, data: bytes) -> None:
         try:
             if not self.response.prepared:
                 async with self._beginning:
                     if not self.response.prepared:
-                        await self.response.prepare(self._request)
+                        await self._begin()
             await self.response.write(data)
         except ConnectionError:
             raise Cancelled("the caller left") from None
