@@ -17,6 +17,8 @@ from router.http.replies import last_words
 
 MAX_BODY_BYTES = 4 * 2**20
 REQUEST_ID = "X-Request-Id"
+# The status of a reply whose reader did not wait for it, in the metrics alone.
+LEFT = "499"
 
 
 def build(api: Api, metrics: RouterMetrics) -> web.Application:
@@ -57,10 +59,12 @@ def _guard(metrics: RouterMetrics) -> Middleware:
             async with last_words(request):
                 await response.prepare(request)
                 await response.write_eof()
+                await request.writer.drain()
         except asyncio.CancelledError:
-            metrics.http_replies.labels(status="499").inc()
+            metrics.http_replies.labels(status=LEFT).inc()
             raise
-        metrics.http_replies.labels(status=str(response.status)).inc()
+        has_left = request.transport is None or request.transport.is_closing()
+        metrics.http_replies.labels(status=LEFT if has_left else str(response.status)).inc()
         return response
 
     return guard
