@@ -114,7 +114,8 @@ class EventReply:
                 async with self._beginning:
                     if not self.response.prepared:
                         await self._begin()
-            await self.response.write(data)
+            # All writers of a connection wait for one future, which a deadline of one of them must not cancel.
+            await asyncio.shield(self.response.write(data))
         except ConnectionError:
             raise Cancelled("the caller left") from None
 
