@@ -6,6 +6,8 @@ DECODE ?= auto
 PROMPT ?= The for statement is used to
 # Passed on to pytest and to the benchmarks: `make test ARGS="-k health"`.
 ARGS ?=
+# Where the router of `make serve` listens for HTTP; empty: nowhere.
+HTTP ?=
 # How long `make soak` goes on.
 MINUTES ?= 5
 
@@ -16,7 +18,7 @@ EXTRAS := test$(if $(wildcard /dev/nvidiactl),$(comma)gpu)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-export PREFILL DECODE PROMPT
+export PREFILL DECODE PROMPT HTTP
 
 .DEFAULT_GOAL := help
 .PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs
@@ -38,8 +40,9 @@ run: install ## three services up, one prompt through all of them, and down agai
 	trap 'kill $$services 2>/dev/null; wait $$services' EXIT; trap 'exit 130' INT TERM; \
 	$(BIN)/pdserve generate --wait 60 --temperature 0 --max-tokens 120 "$$PROMPT" || { status=$$?; cat .venv/services.log; exit $$status; }
 
+serve: HTTP = 127.0.0.1:8000
 serve: install ## the same three services, staying up until Ctrl-C
-	@echo 'router   127.0.0.1:50051   metrics http://127.0.0.1:9101/metrics'
+	@echo 'router   127.0.0.1:50051   metrics http://127.0.0.1:9101/metrics   OpenAI API http://$(HTTP)/v1'
 	@echo 'prefill  127.0.0.1:50052   metrics http://127.0.0.1:9102/metrics'
 	@echo 'decode   127.0.0.1:50053   metrics http://127.0.0.1:9103/metrics'
 	@echo '  $(BIN)/pdserve generate "$(PROMPT)"'

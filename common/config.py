@@ -86,10 +86,15 @@ class RouterConfig(ServiceConfig):
     metrics_listen: str = setting(
         "127.0.0.1:9101", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
     )
+    http_listen: str = setting(
+        "", "where the OpenAI API is served over HTTP, with the extra `http`; empty: nowhere", form="listen or empty"
+    )
     tls_client_certificates: bool = setting(
         False, "with TLS: only who shows a certificate of tls_ca gets through (mTLS)"
     )
-    reuse_port: bool = setting(False, "several routers of one machine share `listen`; give each its own instance_id")
+    reuse_port: bool = setting(
+        False, "several routers of one machine share `listen` and `http_listen`; give each its own instance_id"
+    )
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
     model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
     prefill: tuple[str, ...] = setting(

@@ -53,6 +53,9 @@ class RouterMetrics(Metrics):
         super().__init__()
         new = self._declaring("router")
         self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
+        self.http_replies = new.counter(
+            "http_replies", "Replies over HTTP, whatever was asked, by status; 499: the caller left before.", "status"
+        )
         self.completions = new.counter("completions", "Completions, by the way their KV came.", "kv_path")
         self.retries = new.counter("retries", "Attempts given up and begun again, by cause.", "cause")
         self.resumptions = new.counter("resumptions", "Streams that went on on another worker, by cause.", "cause")

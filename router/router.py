@@ -23,6 +23,7 @@ from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
 from router.explanation import PlacementLog
 from router.fleet import Fleet
+from router.generation import Generations
 from router.in_flight import InFlight
 from router.local_prefill import LocalPrefill, Mode
 from router.pacer import Pacer
@@ -76,7 +77,8 @@ class Router:
         self.parts = Parts(
             self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, clock
         )
-        self._servicer = RouterServicer(config, self.parts, self._in_flight)
+        self.generations = Generations(config, self.parts, self._in_flight)
+        self._servicer = RouterServicer(config, self.parts, self.generations)
         self._mirror_in_metrics()
 
     @contextlib.asynccontextmanager
