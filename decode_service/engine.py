@@ -447,4 +447,5 @@ class DecodeEngine(EngineLoop):
         for reservation in list(self.scheduler.reservations.values()):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
+                self._metrics.attempts_lost.inc()
                 self._outbox.put(reservation.sequence, Lost(reservation.attempt, False, reason))

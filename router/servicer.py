@@ -13,6 +13,7 @@ from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from common.identities import CALLER
+from common.tracing import GENERATE
 from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
@@ -59,8 +60,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
         arrival = self._arrival(context)
         timeout_s = arrival.deadline_s - arrival.received_s
-        record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
-        with record, _as_deadline_exceeded(timeout_s):
+        span = self._parts.tracer.serving(GENERATE, context, start_s=arrival.received_s)
+        record = Record(arrival, self._config, self._parts.metrics, span, self._parts.clock)
+        with logs.bound(**span.log_fields), span, record, _as_deadline_exceeded(timeout_s):
             record.request_id = self._intake.check(request)
             with logs.bound(request_id=record.request_id):
                 async with asyncio.timeout(timeout_s):
@@ -142,7 +144,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         with self._in_flight.entry(arrival.client, record.request_id):
             admitted = await self._intake.admit(request, self._model(), record.request_id, arrival)
             record.admitted(admitted)
-            completed = await Session(admitted, self._parts).run(put_out)
+            completed = await Session(admitted, self._parts, record.span).run(put_out)
             record.completed(completed)
             await write(router_pb2.GenerateResponse(completion=_completion(completed)))
 
