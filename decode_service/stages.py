@@ -41,8 +41,10 @@ class Stages:
         """`events` have come from the engine."""
         for event in events:
             match event:
-                case int() | Token():
-                    self._token()
+                case int():
+                    self._token(self._clock())
+                case Token():
+                    self._token(event.at_s or self._clock())
                 case Reserved():
                     self._attempt = event.attempt
                     self._end()
@@ -64,12 +66,12 @@ class Stages:
     ) -> None:
         self._end(error)
 
-    def _token(self) -> None:
+    def _token(self, at_s: float) -> None:
         if self._stage == "stream":
             return
         is_first = self._stage != "first_decode"
-        self._end()
-        self._begin("first_decode" if is_first else "stream")
+        self._end(at_s=at_s)
+        self._begin("first_decode" if is_first else "stream", at_s)
 
     def _complete(self, completed: Completed) -> None:
         if self._stage != "first_decode":
@@ -83,10 +85,11 @@ class Stages:
             num_output_tokens=completed.num_output_tokens,
         )
 
-    def _begin(self, stage: str) -> None:
-        self._stage, self._since_s = stage, self._clock()
+    def _begin(self, stage: str, at_s: float | None = None) -> None:
+        self._stage, self._since_s = stage, self._clock() if at_s is None else at_s
 
-    def _end(self, error: BaseException | None = None) -> None:
+    def _end(self, error: BaseException | None = None, at_s: float | None = None) -> None:
         if self._stage and self._stage != _ARRIVING:
-            self._span.stage(self._stage, self._since_s, self._clock(), error, attempt=self._attempt)
+            end_s = self._clock() if at_s is None else at_s
+            self._span.stage(self._stage, self._since_s, end_s, error, attempt=self._attempt)
         self._stage = ""

@@ -60,13 +60,15 @@ async def test_spans_lie_within_their_parents_and_take_as_long_as_the_path_says(
     async with RealCluster(tracer=spans.tracer).running() as cluster:
         path = (await generate(cluster, max_tokens=8, ignore_eos=True)).completion.path
     [prefill] = spans.root().named("Decode", "Prefill", "Prefill")
+    [decode] = spans.root().named("Decode", "Decode")
     for node in spans.root().walk():
         for child in node.children:
             assert child.span.start_time >= node.span.start_time
-    stages = {stage.name: stage.span for stage in prefill.children}
+    stages = {stage.name: stage.span for stage in (*prefill.children, *decode.named("first_decode"))}
     for one, following in itertools.pairwise([stages["queue"], stages["prefill"], stages["transfer"]]):
         assert one.end_time == following.start_time
-    for name, milliseconds in (("prefill", path.prefill_ms), ("transfer", path.kv_transfer_ms)):
+    told = {"prefill": path.prefill_ms, "transfer": path.kv_transfer_ms, "first_decode": path.first_decode_ms}
+    for name, milliseconds in told.items():
         assert (stages[name].end_time - stages[name].start_time) / 1e6 == pytest.approx(milliseconds, abs=0.001)
 
 
