@@ -17,6 +17,7 @@ EXTRAS := test$(if $(wildcard /dev/nvidiactl),$(comma)gpu)
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ALERTS := k8s/components/monitoring/alerts
 
 export PREFILL DECODE PROMPT HTTP
 
@@ -91,6 +92,8 @@ protos: ## regenerate the stubs in pdserve/v1
 protos-accept: install ## declare the present protos the contract that later ones must not break
 	$(BIN)/buf build --exclude-source-info -o protos/accepted.yaml
 
-docs: install ## pages that are made from the code
+docs: install ## pages that are made from the code, and the alerts for the Prometheus operator
 	$(BIN)/python -m common.metrics_page > docs/metrics.md
 	$(BIN)/python -m common.settings_page > docs/settings.md
+	@{ sed '/^spec:/q' $(ALERTS)/prometheus-rule.yaml; sed 's/^./  &/' $(ALERTS)/pdserve.rules.yaml; } > $(ALERTS)/.made
+	@mv $(ALERTS)/.made $(ALERTS)/prometheus-rule.yaml

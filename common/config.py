@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from common.address import Address
 from common.settings import ConfigError, load, setting, validate
@@ -55,10 +56,23 @@ class ServiceConfig:
     )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "form of a log line, on stderr", choices=("text", "json"))
+    trace_endpoint: str = setting(
+        "",
+        "URL of an OpenTelemetry collector, such as http://127.0.0.1:4317, that traces are sent to; empty: no traces",
+    )
+    trace_protocol: str = setting(
+        "grpc",
+        "form of OTLP that the collector takes there; usually grpc at port 4317 and http at 4318",
+        choices=("grpc", "http"),
+    )
+    trace_sample_ratio: float = setting(
+        1.0, "share of requests that are traced, of those whose client does not say", minimum=0, maximum=1
+    )
 
     def __post_init__(self) -> None:
         validate(self)
         self._check_tls()
+        self._check_trace_endpoint()
         if not self.instance_id:
             name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
             object.__setattr__(self, "instance_id", name)
@@ -74,6 +88,17 @@ class ServiceConfig:
             )
         if self.tls_server_name and not given:
             raise ConfigError("tls_server_name: expected to be empty without TLS; set tls_certificate, tls_key, tls_ca")
+
+    def _check_trace_endpoint(self) -> None:
+        try:
+            url = urlsplit(self.trace_endpoint)
+            is_url = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:
+            is_url = False
+        if self.trace_endpoint and not is_url:
+            raise ConfigError(
+                f"trace_endpoint={self.trace_endpoint!r}: expected a URL such as http://127.0.0.1:4317, or https://…"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +157,12 @@ class RouterConfig(ServiceConfig):
         10.0, "how long a starting router waits to meet every worker before it is ready without some", minimum=0
     )
     access_log: bool = setting(True, "one line for each finished request")
+    goodput_first_token_ms: float = setting(
+        1000.0, "latest first token, in ms, of a request that counts as goodput in the metrics", above=0
+    )
+    goodput_inter_token_ms: float = setting(
+        100.0, "largest mean time from token to token, in ms, of a request that counts as goodput", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

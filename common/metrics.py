@@ -53,6 +53,7 @@ class RouterMetrics(Metrics):
         super().__init__()
         new = self._declaring("router")
         self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
+        self.good_requests = new.counter("good_requests", "Completions within both limits of goodput (settings).")
         self.http_replies = new.counter(
             "http_replies", "Replies over HTTP, whatever was asked, by status; 499: the caller left before.", "status"
         )
@@ -97,6 +98,9 @@ class WorkerMetrics(Metrics):
     def __init__(self) -> None:
         super().__init__()
         new = self._declaring("worker")
+        self.info = new.gauge(
+            "info", "1; to be joined on the target, for who it is.", "role", "worker", "model_fingerprint"
+        )
         self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
         self.aborts = new.counter("aborts", "Requests ended before their time, by cause.", "cause")
         self.prefix_hit_tokens = new.counter("prefix_cache_hit_tokens", "Prompt tokens whose KV was cached.")
@@ -136,6 +140,7 @@ class DecodeMetrics(WorkerMetrics):
         self.reservations = new.gauge("reservations", "Reservations promised and not committed.")
         self.attempts_fenced = new.counter("attempts_fenced", "Attempts cut off by a newer one or by the stream's end.")
         self.kv_chunks = new.counter("kv_chunks", "KV chunks that arrived whole: OK, FENCED or INVALID.", "status")
+        self.attempts_lost = new.counter("attempts_lost", "Attempts whose pair ended before all of their KV had come.")
         self.pairs_ended = new.counter("pairs_ended", "Pairs that have ended, for whatever reason.")
         self.preemptions = new.counter("preemptions", "Running sequences whose blocks went to older ones.")
         self.local_prefills = new.counter("local_prefills", "Prompts computed here, not by a prefill worker.")

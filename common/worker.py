@@ -84,6 +84,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self.num_pairs: Callable[[], int] = lambda: 0
         # Load streams that are open.
         self.num_watchers = 0
+        role = "decode" if identity.role == types_pb2.ROLE_DECODE else "prefill"
+        metrics.info.labels(role, identity.instance_id, identity.model_fingerprint).set(1)
         metrics.running.set_function(lambda: self._load.num_running)
         metrics.waiting.set_function(lambda: self._load.num_waiting)
         metrics.free_blocks.set_function(lambda: self._load.num_free_blocks)

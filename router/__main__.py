@@ -6,6 +6,7 @@ import contextlib
 
 from common.config import ConfigError, RouterConfig
 from common.service import main, serve
+from common.tracing import tracing
 from router.router import Router, load_tokenizer
 
 SERVICES = ("pdserve.v1.RouterService",)
@@ -13,9 +14,12 @@ SERVICES = ("pdserve.v1.RouterService",)
 
 async def run(config: RouterConfig) -> None:
     """Serves until told to stop."""
-    router = Router(config, await load_tokenizer(config.model))
-    async with router.running(), _http(config, router):
-        await serve(config, router.add_to, SERVICES, health=router.health, metrics=router.metrics, drain=router.drain)
+    with tracing(config) as tracer:
+        router = Router(config, await load_tokenizer(config.model), tracer=tracer)
+        async with router.running(), _http(config, router):
+            await serve(
+                config, router.add_to, SERVICES, health=router.health, metrics=router.metrics, drain=router.drain
+            )
 
 
 def _http(config: RouterConfig, router: Router) -> contextlib.AbstractAsyncContextManager[object]:

@@ -14,6 +14,7 @@ from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, Unavailable
 from common.identities import Caller
+from common.tracing import GENERATE, Metadata
 from pdserve.v1 import router_pb2
 from router.fleet import ServedModel
 from router.in_flight import InFlight
@@ -43,7 +44,7 @@ class Generation:
             self._record.put_out(piece)
             await put_out(piece)
 
-        completed = await Session(self.request, self._parts).run(recorded)
+        completed = await Session(self.request, self._parts, self._record.span).run(recorded)
         self._record.completed(completed)
         return completed
 
@@ -70,11 +71,11 @@ class Generations:
             raise Unavailable("no decode worker has been met yet", retry_after_s=1.0, reason="NO_WORKER")
         return model
 
-    def arrival(self, host: str, caller: Caller | None, *, timeout_s: float | None) -> Arrival:
+    def arrival(self, host: str, caller: Caller | None, *, timeout_s: float | None, metadata: Metadata = ()) -> Arrival:
         """Of a request that has just come in from `host`. `timeout_s` None: max_request_s."""
         now_s = self._parts.clock()
         deadline_s = now_s + (self._config.max_request_s if timeout_s is None else timeout_s)
-        return Arrival(caller.name if caller and caller.name else host, now_s, deadline_s, caller)
+        return Arrival(caller.name if caller and caller.name else host, now_s, deadline_s, caller, metadata)
 
     @contextlib.asynccontextmanager
     async def admitted(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> AsyncIterator[Generation]:
@@ -83,8 +84,9 @@ class Generations:
         Raises what `Intake` and `InFlight` raise, and DeadlineExceeded.
         """
         timeout_s = arrival.deadline_s - self._parts.clock()
-        record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
-        with record, _as_deadline_exceeded(arrival):
+        span = self._parts.tracer.serving(GENERATE, arrival.metadata, start_s=arrival.received_s)
+        record = Record(arrival, self._config, self._parts.metrics, span, self._parts.clock)
+        with logs.bound(**span.log_fields), span, record, _as_deadline_exceeded(arrival):
             record.request_id = self.intake.check(message)
             with logs.bound(request_id=record.request_id):
                 async with asyncio.timeout(timeout_s), self._in_flight.entry(arrival.client, record.request_id):

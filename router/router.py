@@ -18,6 +18,7 @@ from common.health import Health
 from common.metrics import RouterMetrics
 from common.tls import tls_of
 from common.tokenization import Tokenizer
+from common.tracing import OFF, Tracer
 from pdserve.v1 import router_pb2_grpc
 from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
@@ -44,6 +45,7 @@ class Router:
         tokenizer: Tokenizer | None,
         *,
         look_up: LookUp = look_up,
+        tracer: Tracer = OFF,
         clock: Clock = monotonic,
     ) -> None:
         self.health = Health()
@@ -75,7 +77,7 @@ class Router:
         self._drain_s = config.drain_s
         local_prefill = LocalPrefill(Mode(config.local_prefill), clock)
         self.parts = Parts(
-            self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, clock
+            self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, tracer, clock
         )
         self.generations = Generations(config, self.parts, self._in_flight)
         self._servicer = RouterServicer(config, self.parts, self.generations)

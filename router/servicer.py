@@ -118,7 +118,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return list(explain(demand, self._fleet, parts.local_prefill, parts.placings, reads_cache=reads_cache))
 
     def _arrival(self, context: grpc.aio.ServicerContext) -> Arrival:
-        return self._generations.arrival(client_of(context.peer()), CALLER.get(), timeout_s=context.time_remaining())
+        return self._generations.arrival(
+            client_of(context.peer()),
+            CALLER.get(),
+            timeout_s=context.time_remaining(),
+            metadata=context.invocation_metadata() or (),
+        )
 
     def _load(self) -> router_pb2.RouterLoad:
         dispatcher, metrics = self._parts.dispatcher, self._parts.metrics

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from common.errors import PdserveError, Unavailable
+from common.tracing import DECODE, NO_SPAN, Span
 from router.decode_stream import DecodeCompletion
 from router.dispatcher import Placement
 from router.failures import Failures
@@ -42,13 +43,15 @@ class Completed(NamedTuple):
 class Session:
     """Runs once. Cancelling `run` ends the work on every worker."""
 
-    def __init__(self, request: Request, parts: Parts) -> None:
+    def __init__(self, request: Request, parts: Parts, span: Span = NO_SPAN) -> None:
+        """`span`: what the request's parts are recorded under."""
         model = parts.fleet.model
         assert model is not None, "requests are held against a model"
         eos = frozenset() if request.stopping.ignore_eos else model.eos_token_ids
         self._request = request
         self._output = Output(request.stopping, eos.union(request.stopping.stop_token_ids), parts.tokenizer)
         self._parts = parts
+        self._span = span
         self._path = PathRecord()
         self._failures = Failures()
 
@@ -57,7 +60,8 @@ class Session:
 
         Raises the PdserveError that ends the request.
         """
-        placement = await self._parts.dispatcher.place(self._request)
+        with self._span.child("queue", start_s=self._request.arrival.received_s):
+            placement = await self._parts.dispatcher.place(self._request)
         queued_s = self._parts.clock() - self._request.arrival.received_s
         self._path.queue_ms = queued_s * 1e3
         self._parts.metrics.queue_s.observe(queued_s)
@@ -77,9 +81,10 @@ class Session:
     async def _serve(self, placement: Placement, meter: Meter, put_out: PutOut) -> DecodeCompletion:
         while True:
             self._path.begin_leg()
-            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures, meter)
+            call = self._span.call(DECODE, placement.worker.address)
+            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures, meter, call)
             try:
-                with leg:
+                with call, leg:
                     return await self._follow(leg, put_out)
             except PdserveError as error:
                 await self._put_out_ready(put_out)
@@ -123,6 +128,7 @@ class Session:
         can_wait = has_begun or isinstance(error, Unavailable)
         found = await self._parts.dispatcher.place_again(demand, self._failures, error, can_wait=can_wait)
         log.info("going on at another decode worker: %s", error, extra={"worker": found.worker.address})
+        self._span.event("going_on_elsewhere", cause=error.reason, has_begun=has_begun)
         if has_begun:
             self._path.num_resumptions += 1
             self._parts.metrics.resumptions.labels(cause=error.reason).inc()

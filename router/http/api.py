@@ -100,7 +100,10 @@ class Api:
         return self._gate.caller(method, bearer_token(header) if header else None, _names(request))
 
     def _arrival(self, request: web.Request, caller: Caller | None) -> Arrival:
-        return self._router.generations.arrival(request.remote or "", caller, timeout_s=_timeout_s(request))
+        headers = tuple((name.lower(), value) for name, value in request.headers.items())
+        return self._router.generations.arrival(
+            request.remote or "", caller, timeout_s=_timeout_s(request), metadata=headers
+        )
 
     def _model(self) -> Json:
         model = self._router.generations.model
