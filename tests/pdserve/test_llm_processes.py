@@ -20,7 +20,7 @@ from pdserve.llm import LLM
 from pdserve.local_services import LocalServices
 from tests.support.processes import ROOT
 
-PATIENCE_S = 60.0
+PATIENCE_S = 100.0
 
 
 def services_of(pid: int) -> list[psutil.Process]:
@@ -51,8 +51,8 @@ def nothing_stays(monkeypatch, tmp_path):
     assert services_of(os.getpid()) == []
 
 
-def test_no_process_is_left_when_the_owner_is_killed(spawn):
-    owner = spawn("-c", "from pdserve import LLM; LLM(device='cpu')")
+def test_no_process_is_left_when_the_owner_is_killed(spawn, tmp_path):
+    owner = spawn("-c", "from pdserve import LLM; LLM(device='cpu')", TMPDIR=str(tmp_path))
     services = wait_for_services(owner.pid)
     owner.send_signal(signal.SIGKILL)
     assert_all_end(services)
@@ -119,14 +119,7 @@ def test_gpus_are_counted_without_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "is_tidy"),
-    [
-        ("pass", True),
-        ("llm.close()", True),
-        ("del llm", True),
-        ("raise SystemExit(0)", True),
-        ("1 / 0", True),
-        ("import os; os.kill(os.getpid(), 9)", False),
-    ],
+    [("1 / 0", True), ("del llm", True), ("import os; os.kill(os.getpid(), 9)", False)],
 )
 def test_however_the_owner_ends_while_it_serves_no_process_is_left(spawn, tmp_path, end, is_tidy):
     code = f"""
@@ -143,7 +136,7 @@ input()
     assert owner.stdout.readline() == "ready\n", owner.stderr.read()
     services = wait_for_services(owner.pid)
     print("go on", file=owner.stdin, flush=True)
-    if end in ("llm.close()", "del llm"):
+    if end == "del llm":
         assert owner.stdout.readline() == "ended\n", owner.stderr.read()
         assert_all_end(services)
     owner.communicate("\n", timeout=PATIENCE_S)
