@@ -103,7 +103,7 @@ class Striker:
         strike = Strike(kind, role, victim.address, time.time())
         self.strikes.append(strike)
         try:
-            await self._deal(kind, victim, door)
+            await self._deal(strike, victim, door)
             await asyncio.to_thread(victim.wait_ready)
             if door is None:
                 for router in self._cluster.routers:
@@ -118,12 +118,14 @@ class Striker:
             # It stays away: nobody of its role is struck any more.
             self.broken.append(f"{role} {victim.address} does not serve after a {kind}: {error!r}")
 
-    async def _deal(self, kind: str, victim: Service, door: Door | None) -> None:
+    async def _deal(self, strike: Strike, victim: Service, door: Door | None) -> None:
         """Strikes and heals, but for what takes its own time."""
-        match kind:
+        match strike.kind:
             case "kill":
                 if door is not None:
                     door.struck_s = time.time()
+                strike.at_s = time.time()
+                victim.process.kill()
                 await asyncio.to_thread(victim.kill)
                 await asyncio.sleep(self._draw.uniform(0.5, RESTART_S - 0.5))
                 victim.start()

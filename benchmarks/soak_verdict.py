@@ -85,6 +85,7 @@ def detection(strikes: Sequence[Strike], told: Sequence[Noticed], routers: Seque
                     after = [at_s for at_s in times if strike.at_s <= at_s <= strike.at_s + NOTICE_S]
                     taken_ms.append((min(after, default=math.inf) - strike.at_s) * 1e3)
         if taken_ms:
+            rows.append(Row(f"a {kind} is noticed, ms, median", statistics.median(taken_ms)))
             rows.append(Row(f"a {kind} is noticed, ms, the latest of {len(taken_ms)}", max(taken_ms), DETECT_MS[kind]))
     return rows
 

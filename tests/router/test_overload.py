@@ -260,6 +260,16 @@ async def test_what_comes_in_the_moment_in_which_nobody_serves_waits_for_it_to_p
         assert len((await Reply.of(call)).token_ids) == 1
 
 
+async def test_what_changes_in_one_turn_is_one_search_for_a_place(monkeypatch):
+    async with FakeCluster().running() as cluster:
+        dispatcher, searches = cluster.router.parts.dispatcher, []
+        monkeypatch.setattr(dispatcher, "_place_waiting", lambda: searches.append(None))
+        for _ in range(1000):
+            dispatcher.wake()
+        await eventually(lambda: searches)
+        assert len(searches) < 10
+
+
 async def test_requests_go_where_there_is_room():
     async with FakeCluster(num_decode=3, max_num_seqs=2).running() as cluster:
         for decode in cluster.decodes:
