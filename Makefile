@@ -91,3 +91,4 @@ protos-accept: install ## declare the present protos the contract that later one
 docs: install ## pages that are made from the code
 	$(BIN)/python -m common.metrics_page > docs/metrics.md
 	$(BIN)/python -m common.settings_page > docs/settings.md
+	$(BIN)/python -m common.rpc_page > docs/rpc.md
