@@ -53,10 +53,11 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 
 FROM tools AS worker-packages
 ARG WORKER_EXTRAS="gpu"
+# torch has files among its own tests that are written for other Pythons: they do not compile, and nobody imports them.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${WORKER_EXTRAS} >/run.txt \
     && /tools/bin/pip --python /opt/venv/bin/python install -q -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv
+    && /opt/venv/bin/python -m compileall -q -j 0 -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM ${BASE_IMAGE} AS router
@@ -92,9 +93,9 @@ RUN if [ -n "${COMPILER}" ]; then \
     fi
 COPY --from=worker-packages /opt/venv /opt/venv
 COPY --from=app /app /app
-# As above; what is compiled and measured at a start is below /tmp/cache.
+# As above. What is compiled and measured on a GPU is kept below HOME.
 ENV PATH=/app/bin:/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    USER=pdserve HOME=/tmp XDG_CACHE_HOME=/tmp/cache TRITON_CACHE_DIR=/tmp/cache/triton
+    USER=pdserve HOME=/tmp
 WORKDIR /app
 USER 10001:10001
 EXPOSE 50052 50053 9102 9103

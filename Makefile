@@ -19,7 +19,7 @@ INSTALLED := .venv/.installed
 export PREFILL DECODE PROMPT
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs
+.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs constraints
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,3 +92,12 @@ docs: install ## pages that are made from the code
 	$(BIN)/python -m common.metrics_page > docs/metrics.md
 	$(BIN)/python -m common.settings_page > docs/settings.md
 	$(BIN)/python -m common.rpc_page > docs/rpc.md
+
+# Extras that images may be built with.
+IMAGE_EXTRAS := gpu flash-attn-3 flashinfer
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+    --custom-compile-command "make constraints" -
+
+constraints: install ## the versions that images are made of, resolved anew
+	$(BIN)/python images/requirements.py build | $(COMPILE) -o images/build-constraints.txt
+	$(BIN)/python images/requirements.py run $(IMAGE_EXTRAS) | $(COMPILE) -o images/constraints.txt
