@@ -1,4 +1,4 @@
-"""`python -m common.rpc_page` prints docs/rpc.md, the reference of all calls and messages, from the comments in protos/."""
+"""`python -m common.rpc_page` prints docs/rpc.md, all calls and messages, from the comments in protos/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs images as a cluster would that trusts nobody: read-only root, no capabilities, a number for a user, 64 MiB of /tmp."""
+"""Runs images as a strict cluster would: read-only root, no capabilities, a number for a user, 64 MiB of /tmp."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ class Container:
 
     @contextlib.contextmanager
     def service(self, name: str, log: Path, *arguments: str) -> Iterator[Service]:
-        """The image's entry point with these arguments on a free loopback port, started; killed at the end if need be."""
+        """The image's entry point with these arguments, on a free loopback port; gone at the end."""
         address = f"127.0.0.1:{free_port()}"
         flags = (name, "--listen", address, "--metrics-listen", "", *arguments)
         with self._bundle(self._words(flags)) as words:
             service = _Contained(name, words, address, log, {})
             service.start()
-            yield service
+            try:
+                yield service
+            finally:
+                service.stop()
 
     def _words(self, arguments: Sequence[str], entrypoint: Sequence[str] | None = None) -> list[str]:
         return [*(self.config["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
