@@ -27,7 +27,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 
 # Our own packages, with the stubs of the protos, and the tiny model, below /app.
 FROM tools AS app
-# Of the files in the wheel. With any value bytecode does not depend on the time of the build.
+# Of the files in the wheel.
 ARG SOURCE_DATE_EPOCH=315532800
 COPY README.md LICENSE hatch_build.py ./
 COPY protos protos
@@ -43,6 +43,7 @@ RUN /tools/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /wheel . 
     && chmod -R u=rwX,go=rX /app
 
 
+# Bytecode is compiled by one process: what several make depends on which had which file. It knows its sources by no time.
 FROM tools AS router-packages
 ARG ROUTER_EXTRAS=""
 RUN --mount=type=bind,from=wheels,target=/wheels \
@@ -57,7 +58,7 @@ ARG WORKER_EXTRAS="gpu"
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${WORKER_EXTRAS} >/run.txt \
     && /tools/bin/pip --python /opt/venv/bin/python install -q -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q -j 0 -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
+    && /opt/venv/bin/python -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM ${BASE_IMAGE} AS router

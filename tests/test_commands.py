@@ -24,7 +24,7 @@ NOT_RUN = {
     r"python3 -m venv|\S*pip install": "makes an environment, as make install does",
     r"\S+python -m (router|prefill_service|decode_service)\b": "serves until it is stopped; its flags are checked",
     r"\S+python -m benchmarks\.": "needs a GPU",
-    r"docker ": "no container engine; tests/images builds and runs the same Dockerfile",
+    r"docker ": "no Docker; tests/images builds and runs the same Dockerfile",
     r".* --tls-ca ": "needs certificates of one's own; tests/integration/test_tls.py has some",
 }
 # Programs that are pieces of a larger one, by a line of them.
