@@ -22,7 +22,7 @@ ALERTS := k8s/components/monitoring/alerts
 export PREFILL DECODE PROMPT HTTP
 
 .DEFAULT_GOAL := help
-.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs
+.PHONY: help install run serve test test-slow test-all test-gpu bench faults soak fuzz check protos protos-accept docs constraints
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,5 +95,15 @@ protos-accept: install ## declare the present protos the contract that later one
 docs: install ## pages that are made from the code, and the alerts for the Prometheus operator
 	$(BIN)/python -m common.metrics_page > docs/metrics.md
 	$(BIN)/python -m common.settings_page > docs/settings.md
+	$(BIN)/python -m common.rpc_page > docs/rpc.md
 	@{ sed '/^spec:/q' $(ALERTS)/prometheus-rule.yaml; sed 's/^./  &/' $(ALERTS)/pdserve.rules.yaml; } > $(ALERTS)/.made
 	@mv $(ALERTS)/.made $(ALERTS)/prometheus-rule.yaml
+
+# Extras that images may be built with.
+IMAGE_EXTRAS := flash-attn-3 flashinfer gpu http tracing
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+    --custom-compile-command "make constraints" -
+
+constraints: install ## the versions that images are made of, resolved anew
+	$(BIN)/python images/requirements.py build | $(COMPILE) -o images/build-constraints.txt
+	$(BIN)/python images/requirements.py run $(IMAGE_EXTRAS) | $(COMPILE) -o images/constraints.txt
