@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidArgument
@@ -24,6 +24,9 @@ NAMES = st.sampled_from(
 TURNS = st.lists(st.dictionaries(st.sampled_from(["role", "content", "name", "tool_calls"]), JSON), max_size=3)
 
 
+few = settings(max_examples=60)
+
+
 def refusal(read: Callable[[Any], Any], given: Any) -> InvalidArgument | None:
     """None: it is understood."""
     try:
@@ -33,6 +36,7 @@ def refusal(read: Callable[[Any], Any], given: Any) -> InvalidArgument | None:
     return None
 
 
+@few
 @given(st.dictionaries(NAMES, JSON, max_size=5), st.just("x") | JSON)
 def test_any_completion_is_understood_within_limits_or_refused(body, prompt):
     with contextlib.suppress(InvalidArgument):
@@ -41,6 +45,7 @@ def test_any_completion_is_understood_within_limits_or_refused(body, prompt):
         assert all(message.WhichOneof("input") for message in understood.prompts)
 
 
+@few
 @given(st.dictionaries(NAMES, JSON, max_size=5), TURNS | JSON)
 def test_any_chat_is_understood_within_limits_or_refused(body, messages):
     with contextlib.suppress(InvalidArgument):
@@ -49,12 +54,14 @@ def test_any_chat_is_understood_within_limits_or_refused(body, messages):
         assert [message.WhichOneof("input") for message in understood.prompts] == ["chat"]
 
 
+@few
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_an_object_or_refused_in_words_that_can_be_sent(raw):
     error = refusal(asked.parse, raw)
     assert error is None or json.dumps(body_of(error, {})).isascii()
 
 
+@few
 @given(NAMES, JSON)
 def test_a_refusal_names_the_parameter_that_was_sent(name, value):
     body = {"prompt": "x"} | {name: value}
