@@ -40,7 +40,7 @@ COPY decode_service decode_service
 COPY models/tiny /app/models/tiny
 RUN /tools/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /wheel . \
     && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile --no-deps --no-index --target /app /wheel/*.whl \
-    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /app \
+    && /opt/venv/bin/python -m compileall -q -f --invalidation-mode unchecked-hash /app \
     && chmod -R u=rwX,go=rX /app
 
 
@@ -51,7 +51,7 @@ ARG ROUTER_EXTRAS=""
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${ROUTER_EXTRAS} >/run.txt \
     && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv
+    && /opt/venv/bin/python -m compileall -q -f --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM tools AS worker-packages
@@ -60,7 +60,7 @@ ARG WORKER_EXTRAS="gpu"
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${WORKER_EXTRAS} >/run.txt \
     && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
+    && /opt/venv/bin/python -m compileall -q -f -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM ${BASE_IMAGE} AS router
