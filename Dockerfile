@@ -13,7 +13,8 @@ ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_NO_INDEX=""
 ENV PIP_INDEX_URL=${PIP_INDEX_URL} PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL} PIP_NO_INDEX=${PIP_NO_INDEX} \
-    PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+    PIP_FIND_LINKS=/wheels PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore \
+    PYTHONHASHSEED=0
 WORKDIR /source
 COPY pyproject.toml ./
 COPY images images
@@ -38,18 +39,19 @@ COPY prefill_service prefill_service
 COPY decode_service decode_service
 COPY models/tiny /app/models/tiny
 RUN /tools/bin/pip wheel -q --no-deps --no-build-isolation --wheel-dir /wheel . \
-    && /tools/bin/pip --python /opt/venv/bin/python install -q --no-deps --no-index --target /app /wheel/*.whl \
-    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /app \
+    && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile --no-deps --no-index --target /app /wheel/*.whl \
+    && /opt/venv/bin/python -m compileall -q -f --invalidation-mode unchecked-hash /app \
     && chmod -R u=rwX,go=rX /app
 
 
-# Bytecode is compiled by one process: what several make depends on which had which file. It knows its sources by no time.
+# Bytecode is compiled by one process, since what several make depends on which had which file; and it is believed without
+# a look at its source, whose time changes.
 FROM tools AS router-packages
 ARG ROUTER_EXTRAS="http tracing"
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${ROUTER_EXTRAS} >/run.txt \
-    && /tools/bin/pip --python /opt/venv/bin/python install -q -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/venv
+    && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile -c images/constraints.txt -r /run.txt \
+    && /opt/venv/bin/python -m compileall -q -f --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM tools AS worker-packages
@@ -57,8 +59,8 @@ ARG WORKER_EXTRAS="gpu tracing"
 # torch has files among its own tests that are written for other Pythons: they do not compile, and nobody imports them.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 images/requirements.py run ${WORKER_EXTRAS} >/run.txt \
-    && /tools/bin/pip --python /opt/venv/bin/python install -q -c images/constraints.txt -r /run.txt \
-    && /opt/venv/bin/python -m compileall -q -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
+    && /tools/bin/pip --python /opt/venv/bin/python install -q --no-compile -c images/constraints.txt -r /run.txt \
+    && /opt/venv/bin/python -m compileall -q -f -x /testing/_internal/ --invalidation-mode unchecked-hash /opt/venv
 
 
 FROM ${BASE_IMAGE} AS router

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pages import README, Shown, commands, programs
-from tests.support.processes import ROOT, free_port, running_services
+from tests.support.processes import ROOT, free_port, running_cluster, running_services
 
 BIN = Path(sys.executable).parent
 COMMAND_S = 100
@@ -86,12 +86,12 @@ def running() -> Iterator[Running]:
 
 @pytest.fixture
 def for_itself(running, request) -> Iterator[Running]:
-    """A drain ends the worker that it is for: it gets services that nobody else asks."""
+    """A drain ends a worker for good: the one that it is for is asked by nobody else."""
     if " drain " not in request.node.callspec.params["shown"].text:
         yield running
         return
-    with running_services() as services:
-        yield Running({"127.0.0.1:50052": services.prefill.address, "127.0.0.1:50053": services.decode.address})
+    with running_cluster(num_prefill=0, num_decode=1, num_routers=0) as alone:
+        yield Running({"127.0.0.1:50053": alone.decodes[0].address})
 
 
 def run(words: list[str]) -> str:

@@ -101,6 +101,16 @@ def test_the_same_sources_make_the_same_files(router, worker):
         assert of_router.items() <= of_worker.items()
 
 
+def test_bytecode_is_there_and_believed_without_a_look_at_its_source(router, worker):
+    """Else every start would compile everything anew: its files have other times than when they were built."""
+    for container in (router, worker):
+        for package in ("app/common", "opt/venv/lib"):
+            compiled = list((Path(container.root) / package).rglob("*.pyc"))
+            assert len(compiled) > 50
+            # PEP 552: bit 0 says hash-based, bit 1 that the source is looked at.
+            assert {path.read_bytes()[4] for path in compiled} == {1}
+
+
 def files(root: Path, folder: str) -> dict[str, tuple[bytes, int, int]]:
     """What each file is: digest, mode and time."""
     paths = [path for path in (root / folder).rglob("*") if path.is_file() and not path.is_symlink()]
