@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # How long a process that ends tries to send what it has recorded.
 FLUSH_S = 2.0
+# Nothing is sent for so long after a failure.
+REST_S = 5.0
 
 # Attributes for which OpenTelemetry has names.
 _STANDARD = {
@@ -51,10 +53,10 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 @contextlib.contextmanager
 def recording(config: ServiceConfig) -> Iterator[Tracer]:
     """See `common.tracing.tracing`."""
-    # The exporters tell of every single failure; `_Delivery` tells when there begin to be any.
+    # The exporters tell of every single failure; `Delivery` tells when there begin to be any.
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
     try:
-        delivery = _Delivery(_exporter(config), config.trace_endpoint)
+        delivery = Delivery(_exporter(config), config.trace_endpoint)
         provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(config.trace_sample_ratio)),
             resource=_resource(config),
@@ -190,30 +192,40 @@ class _RecordedSpan(Span):
             self._span.set_attribute("rpc.grpc.status_code", code.value[0])
 
 
-class _Delivery(SpanExporter):
-    """An exporter of which is said when it begins to fail, and when it is well again."""
+class Delivery(SpanExporter):
+    """An exporter that rests after a failure, and of which is said when it begins to fail and when it is well again.
 
-    def __init__(self, exporter: SpanExporter, endpoint: str) -> None:
+    Trying takes CPU from what serves: every try of an exporter encodes all its spans anew. What comes then is lost.
+    """
+
+    def __init__(self, exporter: SpanExporter, endpoint: str, clock: Clock = monotonic) -> None:
         self._exporter = exporter
         self._endpoint = endpoint
+        self._clock = clock
         self._is_failing = False
+        self._rests_until_s = 0.0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if self._is_failing and self._clock() < self._rests_until_s:
+            return SpanExportResult.FAILURE
         try:
             result = self._exporter.export(spans)
         except Exception as error:
             log.debug("%s", error)
             result = SpanExportResult.FAILURE
-        is_failing = result is not SpanExportResult.SUCCESS
+        self._note(is_failing=result is not SpanExportResult.SUCCESS)
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def _note(self, *, is_failing: bool) -> None:
         if is_failing and not self._is_failing:
             log.warning("traces do not reach %s, and are lost until they do", self._endpoint)
         elif self._is_failing and not is_failing:
             log.info("traces reach %s again", self._endpoint)
         self._is_failing = is_failing
-        return result
-
-    def shutdown(self) -> None:
-        self._exporter.shutdown()
+        self._rests_until_s = self._clock() + REST_S
 
 
 def _exporter(config: ServiceConfig) -> SpanExporter:

@@ -13,7 +13,7 @@ from common.config import ConfigError, RouterConfig
 from common.tracing import DECODE, GENERATE, PREFILL, tracing
 from pdserve.v1 import router_pb2_grpc
 from tests.fakes.cluster import FakeCluster, eventually, generate_request
-from tests.support.collector import Collector, collecting_over_grpc, collecting_over_http
+from tests.support.collector import collecting_over_grpc, collecting_over_http
 from tests.support.processes import ROOT, Services, running_services
 
 # Of one request: three of the router's, four of prefill's stages, three of decode's, and the calls that both serve.
@@ -83,27 +83,11 @@ async def test_a_full_queue_of_spans_holds_up_nobody(unused_address, monkeypatch
     assert {len(reply.token_ids) for reply in replies} == {3}
 
 
-async def test_a_collector_that_comes_back_gets_what_is_new(monkeypatch, caplog):
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
-    caplog.set_level("INFO")
-    collector = Collector()
-    collector.refuses = True
-    with (
-        collecting_over_http(collector) as address,
-        tracing(RouterConfig(trace_endpoint=address, trace_protocol="http")) as tracer,
-    ):
-        async with FakeCluster(tracer=tracer).running() as cluster:
-            await cluster.generate(max_tokens=3)
-            await eventually(lambda: "traces do not reach" in caplog.text)
-            collector.refuses = False
-            await cluster.generate(max_tokens=3)
-            await eventually(lambda: "again" in caplog.text)
-    assert collector.spans
-
-
-async def test_what_is_recorded_is_sent_before_the_end():
-    with collecting_over_grpc() as collector:
-        with tracing(RouterConfig(trace_endpoint=collector.address)) as tracer:
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+async def test_what_is_recorded_is_sent_before_the_end(protocol):
+    with collecting_over_grpc() as collector, collecting_over_http(collector) as http_address:
+        address = {"grpc": collector.address, "http": http_address}[protocol]
+        with tracing(RouterConfig(trace_endpoint=address, trace_protocol=protocol)) as tracer:
             async with FakeCluster(tracer=tracer).running() as cluster:
                 await cluster.generate(max_tokens=3)
         names = {one.span.name for one in collector.wait_for(4, timeout_s=0)}
