@@ -120,6 +120,12 @@ class RouterConfig(ServiceConfig):
     reuse_port: bool = setting(
         False, "several routers of one machine share `listen` and `http_listen`; give each its own instance_id"
     )
+    max_connection_age_s: float = setting(
+        0.0,
+        "age, in seconds, give or take a tenth, at which a connection takes no new request, so that its client makes "
+        "another; what runs on it goes on; 0: no limit",
+        minimum=0,
+    )
     model: str = setting(TINY_MODEL, "folder with the tokenizer (and the chat template) of the served model")
     model_id: str = setting("", "what GetModel answers and requests may ask for; empty: the folder's name")
     prefill: tuple[str, ...] = setting(

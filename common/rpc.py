@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -86,12 +87,18 @@ def connect(target: str, tls: Tls | None = None, *, round_robin: bool = False) -
     return grpc.aio.secure_channel(target, tls.channel_credentials(), options=options)
 
 
-def create_server(*, reuse_port: bool = False, gate: Gate | None = None) -> grpc.aio.Server:
+def create_server(
+    *, reuse_port: bool = False, max_connection_age_s: float = 0.0, gate: Gate | None = None
+) -> grpc.aio.Server:
     """A server whose handlers raise PdserveError, and are called by whom `gate` lets in (None: anybody).
 
-    With `reuse_port` several processes may share one port.
+    With `reuse_port` several processes may share one port. From `max_connection_age_s` on (0: never) a connection takes
+    no new call, its client makes another by itself, and the calls on it go on: none is lost, as some would be by
+    stopping the server.
     """
     options = dict(SERVER_OPTIONS) | {"grpc.so_reuseport": int(reuse_port)}
+    if max_connection_age_s:
+        options["grpc.max_connection_age_ms"] = math.ceil(1000 * max_connection_age_s)
     return grpc.aio.server(interceptors=[GuardInterceptor(gate)], options=list(options.items()))
 
 

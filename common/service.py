@@ -23,7 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from common import logs, rpc
 from common.config import ConfigError, ServiceConfig, load
 from common.health import Health
-from common.identities import Gate, gate_of
+from common.identities import gate_of
 from common.metrics import Metrics, exposed
 from common.tls import server_credentials_of
 
@@ -78,11 +78,15 @@ async def serve(
             try:
                 stack.enter_context(exposed(metrics, config.metrics_listen))
                 share = getattr(config, "reuse_port", False)
+                age_s = getattr(config, "max_connection_age_s", 0.0)
+                server = rpc.create_server(reuse_port=share, max_connection_age_s=age_s, gate=gate)
                 port = await stack.enter_async_context(
-                    _listening(config.listen, add_all, reuse_port=share, credentials=credentials, gate=gate)
+                    _listening(server, config.listen, add_all, reuse_port=share, credentials=credentials)
                 )
                 if config.health_listen:
-                    await stack.enter_async_context(_listening(config.health_listen, health.add_to))
+                    await stack.enter_async_context(
+                        _listening(rpc.create_server(), config.health_listen, health.add_to)
+                    )
             except OSError as error:
                 raise ConfigError(error.strerror or str(error)) from error
             addresses = {"listen": config.listen, "port": port, "metrics": config.metrics_listen}
@@ -97,14 +101,13 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def _listening(
+    server: grpc.aio.Server,
     address: str,
     add: Callable[[grpc.aio.Server], None],
     *,
     reuse_port: bool = False,
     credentials: grpc.ServerCredentials | None = None,
-    gate: Gate | None = None,
 ) -> AsyncIterator[int]:
-    server = rpc.create_server(reuse_port=reuse_port, gate=gate)
     add(server)
     port = rpc.bind(server, address, reuse_port=reuse_port, credentials=credentials)
     await server.start()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import logging
 import signal
 
@@ -373,3 +375,46 @@ async def test_a_message_beyond_16_mib_is_exhaustion_said_by_grpc(serve, channel
     channel = channel_to(await serve(Failing(raising(AssertionError("reached the handler"))).add_to))
     with pytest.raises(errors.ResourceExhausted), rpc.translate():
         await call(channel, "unary_unary", bytes(rpc.MAX_MESSAGE_BYTES + 1))
+
+
+async def test_a_connection_of_age_is_left_for_another_and_no_call_is_lost():
+    async def told(request, context):
+        return types_pb2.TokenIds(ids=[int(context.peer().rpartition(":")[2])])
+
+    async def count(request, context):
+        for number in itertools.count():
+            yield types_pb2.TokenIds(ids=[number])
+            if await request_to_end(number):
+                return
+
+    ended = asyncio.Event()
+
+    async def request_to_end(number):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(ended.wait(), 0.01)
+        return ended.is_set()
+
+    server = rpc.create_server(max_connection_age_s=0.2)
+    methods = {
+        "port": grpc.unary_unary_rpc_method_handler(told, Ids.FromString, Ids.SerializeToString),
+        "count": grpc.unary_stream_rpc_method_handler(count, Ids.FromString, Ids.SerializeToString),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", methods),))
+    port = rpc.bind(server, "127.0.0.1:0")
+    await server.start()
+    async with rpc.connect(f"127.0.0.1:{port}") as channel:
+        running = channel.unary_stream("/test.Service/count", Ids.SerializeToString, Ids.FromString)(Ids(), timeout=60)
+        reading = asyncio.ensure_future(collected(running))
+        client_ports = set()
+        while len(client_ports) < 3:
+            call = channel.unary_unary("/test.Service/port", Ids.SerializeToString, Ids.FromString)
+            client_ports.update((await call(Ids(), timeout=30)).ids)
+        ended.set()
+        # What was running when its connection came of age has not missed anything.
+        numbers = await reading
+    assert numbers == list(range(len(numbers)))
+    await server.stop(0)
+
+
+async def collected(messages):
+    return [message.ids[0] async for message in messages]
