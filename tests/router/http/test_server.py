@@ -20,6 +20,7 @@ from router.http.server import listening
 from tests.fakes.cluster import FakeCluster, eventually
 from tests.support.certificates import Authority
 from tests.support.http_face import Face, http_face
+from tests.support.spans import Spans
 
 COMPLETIONS = "/v1/completions"
 
@@ -275,3 +276,13 @@ def test_a_router_that_is_not_asked_for_http_does_not_import_it(spawn):
     process = spawn("-c", "import sys, router.__main__; print('aiohttp' in sys.modules)")
     assert process.communicate(timeout=60)[0].strip() == "False"
     assert "aiohttp" in sys.modules, "these tests do"
+
+
+async def test_the_choices_of_a_request_are_spans_of_the_caller_s_trace():
+    spans = Spans()
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    async with FakeCluster(tracer=spans.tracer).running() as cluster, http_face(cluster.router) as face:
+        headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+        await face.post(COMPLETIONS, {"prompt": "x", "n": 2, "max_tokens": 1}, headers=headers)
+    generations = [span for span in spans.recorded if span.name.endswith("/Generate")]
+    assert [f"{span.context.trace_id:032x}" for span in generations] == [trace_id] * 2
