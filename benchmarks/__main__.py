@@ -16,7 +16,16 @@ from collections.abc import Sequence
 
 from benchmarks.shapes import PIPELINE_SHAPES, SHAPES
 
-ON_CPU = ("versus_transformers", "handover", "kv_transport", "router_cost", "placement", "memory_growth", "overload")
+ON_CPU = (
+    "versus_transformers",
+    "handover",
+    "kv_transport",
+    "router_cost",
+    "http_cost",
+    "placement",
+    "memory_growth",
+    "overload",
+)
 ON_GPU = (
     "decode_step",
     "prefill",

@@ -23,6 +23,7 @@ import grpc
 
 from benchmarks.fault_cells import DETECT_MS, Cell, blows, cells
 from benchmarks.report import Report
+from common.rpc import CHANNEL_OPTIONS
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2, worker_pb2, worker_pb2_grpc
 from tests.support import network
 from tests.support.control_link import ControlLink, Fault, control_link
@@ -73,6 +74,9 @@ class Matrix:
         """`link` stands before the one decode worker, for faults of messages."""
         self.cluster = cluster
         self._link = link
+        # To the second router, which is never struck. A connection for each question would be measured as well.
+        channel = grpc.insecure_channel(cluster.routers[1].address, options=CHANNEL_OPTIONS)
+        self._second_router = router_pb2_grpc.RouterServiceStub(channel)
         self.expected = {prompt: self._start(0, prompt).read().token_ids for prompt in (PROMPT, LONG_PROMPT)}
 
     def run(self, cell: Cell) -> dict[str, object]:
@@ -229,10 +233,9 @@ class Matrix:
                 yield f"a canary through router {number} is not exact"
 
     def _listed(self, worker: Service) -> router_pb2.Worker:
-        """As the second router sees it, which is never struck."""
-        with grpc.insecure_channel(self.cluster.routers[1].address) as channel:
-            stub = router_pb2_grpc.RouterServiceStub(channel)
-            listed = stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5, wait_for_ready=True).workers
+        """As the second router sees it."""
+        request = router_pb2.ListWorkersRequest()
+        listed = self._second_router.ListWorkers(request, timeout=5, wait_for_ready=True).workers
         return next(one for one in listed if one.address == worker.address)
 
     @staticmethod

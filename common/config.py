@@ -10,6 +10,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import urlsplit
 
 from common.address import Address
 from common.settings import ConfigError, load, setting, validate
@@ -55,10 +56,23 @@ class ServiceConfig:
     )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "form of a log line, on stderr", choices=("text", "json"))
+    trace_endpoint: str = setting(
+        "",
+        "URL of an OpenTelemetry collector, such as http://127.0.0.1:4317, that traces are sent to; empty: no traces",
+    )
+    trace_protocol: str = setting(
+        "grpc",
+        "form of OTLP that the collector takes there; usually grpc at port 4317 and http at 4318",
+        choices=("grpc", "http"),
+    )
+    trace_sample_ratio: float = setting(
+        1.0, "share of requests that are traced, of those whose client does not say", minimum=0, maximum=1
+    )
 
     def __post_init__(self) -> None:
         validate(self)
         self._check_tls()
+        self._check_trace_endpoint()
         if not self.instance_id:
             name = f"{self.role}-{socket.gethostname()}-{Address.parse(self.listen).port}"
             object.__setattr__(self, "instance_id", name)
@@ -75,6 +89,17 @@ class ServiceConfig:
         if self.tls_server_name and not given:
             raise ConfigError("tls_server_name: expected to be empty without TLS; set tls_certificate, tls_key, tls_ca")
 
+    def _check_trace_endpoint(self) -> None:
+        try:
+            url = urlsplit(self.trace_endpoint)
+            is_url = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+        except ValueError:
+            is_url = False
+        if self.trace_endpoint and not is_url:
+            raise ConfigError(
+                f"trace_endpoint={self.trace_endpoint!r}: expected a URL such as http://127.0.0.1:4317, or https://…"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(ServiceConfig):
@@ -86,10 +111,15 @@ class RouterConfig(ServiceConfig):
     metrics_listen: str = setting(
         "127.0.0.1:9101", "where Prometheus metrics are served over HTTP; empty: nowhere", form="listen or empty"
     )
+    http_listen: str = setting(
+        "", "where the OpenAI API is served over HTTP, with the extra `http`; empty: nowhere", form="listen or empty"
+    )
     tls_client_certificates: bool = setting(
         False, "with TLS: only who shows a certificate of tls_ca gets through (mTLS)"
     )
-    reuse_port: bool = setting(False, "several routers of one machine share `listen`; give each its own instance_id")
+    reuse_port: bool = setting(
+        False, "several routers of one machine share `listen` and `http_listen`; give each its own instance_id"
+    )
     max_connection_age_s: float = setting(
         0.0,
         "age, in seconds, give or take a tenth, at which a connection takes no new request, so that its client makes "
@@ -122,10 +152,23 @@ class RouterConfig(ServiceConfig):
     max_requests_per_client: int = setting(512, "requests that one client host may have in flight", minimum=1)
     max_prompt_tokens: int = setting(0, "longest prompt, in tokens; 0: what the model's context allows", minimum=0)
     heartbeat_timeout_s: float = setting(2.0, "silence, in seconds, after which a worker is UNREACHABLE", above=0.5)
+    replace_wait_s: float = setting(
+        30.0,
+        "how long a request that lost its decode worker, or waits in the queue, waits for a worker while none takes "
+        "new work, in seconds",
+        minimum=0,
+    )
+    drain_s: float = setting(120.0, "how long a drain waits for running requests, in seconds", minimum=0)
     startup_grace_s: float = setting(
         10.0, "how long a starting router waits to meet every worker before it is ready without some", minimum=0
     )
     access_log: bool = setting(True, "one line for each finished request")
+    goodput_first_token_ms: float = setting(
+        1000.0, "latest first token, in ms, of a request that counts as goodput in the metrics", above=0
+    )
+    goodput_inter_token_ms: float = setting(
+        100.0, "largest mean time from token to token, in ms, of a request that counts as goodput", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,6 +226,12 @@ class WorkerConfig(ServiceConfig):
         maximum=256 * 2**20,
     )
     staging_chunks: int = setting(8, "chunks that one pair may have under way", minimum=1, maximum=MAX_STAGING_CHUNKS)
+    max_pairs: int = setting(
+        64,
+        "workers of the other role that this one is paired with; one more ends the pair that has been idle for "
+        "longest, or is refused while all are in use",
+        minimum=1,
+    )
 
     drain_s: float = setting(30.0, "how long a drain waits for running requests, in seconds", minimum=0)
 

@@ -99,17 +99,19 @@ class Gate:
         self._file = Reloading({"identities": path}, self._read)
 
     def admit(self, method: str, context: grpc.aio.ServicerContext) -> None:
-        """Sets CALLER for the rest of the call.
+        """Sets CALLER for the rest of the call. Raises as `caller` does."""
+        if ALLOWED[method] is not None:
+            CALLER.set(self.caller(method, _token(context), _names(context)))
+
+    def caller(self, method: str, token: str | None, names: Iterable[str]) -> Caller:
+        """Who shows `token` and a certificate made out to `names`, to call a `method` that not everybody may.
 
         Raises:
             Unauthenticated: the caller shows nothing that is known here.
             PermissionDenied: it is known, and may not call this.
         """
         allowed = ALLOWED[method]
-        if allowed is not None:
-            CALLER.set(self._caller(method, allowed, _token(context), _names(context)))
-
-    def _caller(self, method: str, allowed: frozenset[Kind], token: str | None, names: Iterable[str]) -> Caller:
+        assert allowed is not None, "nobody is asked for what everybody may call"
         file = self._file.value
         known = [caller for name in names for caller in file.by_certificate.get(name, ())]
         if token is not None:
@@ -167,14 +169,16 @@ class Gate:
             raise ConfigError(f'{where}: expected "sha256:" and 64 hex digits, "{_CERTIFICATE}" or "{_ANYONE}"')
 
 
-def gate_of(config: ServiceConfig) -> Gate | None:
-    """What a service asks its callers; None: nothing. Raises ConfigError for a file that cannot be used."""
+def gate_of(config: ServiceConfig, *, listen: str = "") -> Gate | None:
+    """What a service asks its callers, at `listen` where it listens at more than one address; None: nothing. Raises
+    ConfigError for a file that cannot be used."""
     if not config.identities:
         return None
     has_tls = bool(config.tls_certificate)
-    if not has_tls and not Address.parse(config.listen).is_loopback:
+    listen = listen or config.listen
+    if not has_tls and not Address.parse(listen).is_loopback:
         raise ConfigError(
-            f"identities={config.identities!r}: tokens would cross the network in plaintext to {config.listen}; set "
+            f"identities={config.identities!r}: tokens would cross the network in plaintext to {listen}; set "
             "tls_certificate, tls_key and tls_ca, or listen on 127.0.0.1"
         )
     return Gate(config.identities, has_certificates=has_tls and config.tls_client_certificates)
@@ -201,13 +205,16 @@ def _token(context: grpc.aio.ServicerContext) -> str | None:
     """None when the caller shows none."""
     for key, value in context.invocation_metadata() or ():
         if key == "authorization":
-            scheme, _, token = str(value).partition(" ")
-            if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN_BYTES:
-                raise Unauthenticated(
-                    "the metadata is not of the form `authorization: Bearer TOKEN`", reason="UNAUTHENTICATED"
-                )
-            return token
+            return bearer_token(str(value))
     return None
+
+
+def bearer_token(value: str) -> str:
+    """The token of an `authorization` header. Raises Unauthenticated for a value of another form."""
+    scheme, _, token = value.partition(" ")
+    if scheme.lower() != "bearer" or not 0 < len(token) <= MAX_TOKEN_BYTES:
+        raise Unauthenticated("the metadata is not of the form `authorization: Bearer TOKEN`", reason="UNAUTHENTICATED")
+    return token
 
 
 def _names(context: grpc.aio.ServicerContext) -> set[str]:

@@ -53,12 +53,19 @@ class RouterMetrics(Metrics):
         super().__init__()
         new = self._declaring("router")
         self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
+        self.good_requests = new.counter("good_requests", "Completions within both limits of goodput (settings).")
+        self.http_replies = new.counter(
+            "http_replies", "Replies over HTTP, whatever was asked, by status; 499: the caller left before.", "status"
+        )
         self.completions = new.counter("completions", "Completions, by the way their KV came.", "kv_path")
         self.retries = new.counter("retries", "Attempts given up and begun again, by cause.", "cause")
         self.resumptions = new.counter("resumptions", "Streams that went on on another worker, by cause.", "cause")
         self.prompt_tokens = new.counter("prompt_tokens", "Prompt tokens of finished requests.")
         self.output_tokens = new.counter("output_tokens", "Tokens put out.")
         self.running_requests = new.gauge("running_requests", "Requests placed on workers.")
+        self.replacing_requests = new.gauge(
+            "replacing_requests", "Requests that lost their decode worker and wait for one to go on at."
+        )
         self.queue_requests = new.gauge("queue_requests", "Requests waiting to be placed.")
         self.queue_tokens = new.gauge("queue_tokens", "Prompt tokens waiting to be placed.")
         self.queue_clients = new.gauge("queue_clients", "Clients whose requests wait to be placed.")
@@ -91,6 +98,9 @@ class WorkerMetrics(Metrics):
     def __init__(self) -> None:
         super().__init__()
         new = self._declaring("worker")
+        self.info = new.gauge(
+            "info", "1; to be joined on the target, for who it is.", "role", "worker", "model_fingerprint"
+        )
         self.requests = new.counter("requests", "Finished requests, by gRPC status.", "code")
         self.aborts = new.counter("aborts", "Requests ended before their time, by cause.", "cause")
         self.prefix_hit_tokens = new.counter("prefix_cache_hit_tokens", "Prompt tokens whose KV was cached.")
@@ -130,6 +140,7 @@ class DecodeMetrics(WorkerMetrics):
         self.reservations = new.gauge("reservations", "Reservations promised and not committed.")
         self.attempts_fenced = new.counter("attempts_fenced", "Attempts cut off by a newer one or by the stream's end.")
         self.kv_chunks = new.counter("kv_chunks", "KV chunks that arrived whole: OK, FENCED or INVALID.", "status")
+        self.attempts_lost = new.counter("attempts_lost", "Attempts whose pair ended before all of their KV had come.")
         self.pairs_ended = new.counter("pairs_ended", "Pairs that have ended, for whatever reason.")
         self.preemptions = new.counter("preemptions", "Running sequences whose blocks went to older ones.")
         self.local_prefills = new.counter("local_prefills", "Prompts computed here, not by a prefill worker.")
@@ -138,6 +149,13 @@ class DecodeMetrics(WorkerMetrics):
         self.pressure_s = new.counter("pressure_seconds", "Time for which that was so.", "reason")
         self.pipeline = PipelineCollector()
         self.registry.register(self.pipeline)
+
+
+def totals(counter: Counter) -> dict[tuple[str, ...], int]:
+    """How far a counter of whole things has come, by the values of its labels; by () when it has none."""
+    [family] = counter.collect()
+    counted = [sample for sample in family.samples if sample.name.endswith("_total")]
+    return {tuple(sample.labels.values()): int(sample.value) for sample in counted}
 
 
 @contextlib.contextmanager

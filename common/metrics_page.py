@@ -34,13 +34,13 @@ def _section(title: str, metrics: Metrics, shown_already: set[str]) -> str:
         _row(family, labels)
         for name, metric in vars(metrics).items()
         if name not in shown_already
-        for family, labels in _families(metric)
+        for family, labels in families(metric)
     ]
     return "\n".join([f"## {title}", "", "| name | type | labels | what it says |", "|---|---|---|---|", *rows, ""])
 
 
-def _families(metric: object) -> Iterator[tuple[Metric, Sequence[str]]]:
-    """Each with its labels."""
+def families(metric: object) -> Iterator[tuple[Metric, Sequence[str]]]:
+    """Those of an attribute of Metrics, each with its labels."""
     if isinstance(metric, MetricWrapperBase):
         (family,) = metric.describe()
         yield family, metric._labelnames

@@ -53,7 +53,12 @@ def _reason(stats: Any) -> Mapping[tuple[str, ...], float]:
     return {(stats.fallback_reason,): 1.0} if stats.fallback_reason else {}
 
 
+def _mode(stats: Any) -> Mapping[tuple[str, ...], float]:
+    return {(stats.mode.value,): 1.0}
+
+
 FAMILIES = (
+    Family("mode", "1 for the mode that was asked for: auto, static or disabled.", ("mode",), _mode),
     Family("active", "1 while steps run on the attention/FFN pipeline.", (), _one("active")),
     Family("fallback", "1 for the reason why steps are sequential.", ("reason",), _reason),
     Family("steps", "Decode steps, by how they were computed.", ("how",), _steps, is_counter=True),

@@ -53,6 +53,12 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.service_config_disable_resolution", 1),
 ]
 
+_ROUND_ROBIN: list[tuple[str, int | str]] = [
+    ("grpc.lb_policy_name", "round_robin"),
+    # Whenever an address is lost the name is looked up again, within this and not within gRPC's half minute.
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+]
+
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *_BOTH_ENDS,
     # Soft and hard limit of a call's metadata; beyond it gRPC answers RESOURCE_EXHAUSTED by itself.
@@ -65,14 +71,17 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 
-def connect(target: str, tls: Tls | None = None) -> grpc.aio.Channel:
+def connect(target: str, tls: Tls | None = None, *, round_robin: bool = False) -> grpc.aio.Channel:
     """A channel to HOST:PORT, plaintext without `tls`. Connects on first use and again whenever the peer is back.
 
-    It keeps the certificates that it is made with.
+    With `round_robin` calls take turns over all addresses that a name leads to. It keeps the certificates that it is
+    made with.
     """
-    if tls is None:
-        return grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
     options: list[tuple[str, int | str]] = [*CHANNEL_OPTIONS]
+    if round_robin:
+        options += _ROUND_ROBIN
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
     if tls.server_name:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return grpc.aio.secure_channel(target, tls.channel_credentials(), options=options)

@@ -24,6 +24,8 @@ class _Pem(NamedTuple):
     certificate: bytes | None
     key: bytes | None
     ca: bytes
+    # The same for a server that is not gRPC's.
+    context: ssl.SSLContext
 
 
 class Tls:
@@ -61,6 +63,21 @@ class Tls:
 
         return grpc.dynamic_ssl_server_credentials(_for_server(self._pem.value), newest, require_client)
 
+    def server_context(self, *, require_client: bool) -> ssl.SSLContext:
+        """What `server_credentials` are to a server that is not gRPC's; files that have changed count from the next
+        handshake on, here too."""
+        context = self._read().context
+        context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_NONE
+
+        def newest(connection: ssl.SSLObject, name: str | None, initial: ssl.SSLContext) -> None:
+            # Called at each handshake, with a name or without one. Who is asked for a certificate was settled before,
+            # but one that was shown is read by the mode of the context.
+            connection.context = self._pem.value.context
+            connection.context.verify_mode = initial.verify_mode
+
+        context.sni_callback = newest
+        return context
+
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Of the files as they are."""
         pem = self._pem.value
@@ -70,15 +87,17 @@ class Tls:
         """Finds what gRPC would only complain about at the first handshake."""
         certificate, key, ca = self._paths
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        for name, path in {"tls_certificate": certificate, "tls_ca": ca}.items():
+        # One that shows its own certificate is not believed for that.
+        believers = {"tls_certificate": ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "tls_ca": context}
+        for (name, believer), path in zip(believers.items(), (certificate, ca), strict=True):
             if path:
                 with _explained(f"{name}={path!r}", "not certificates in PEM form"):
-                    context.load_verify_locations(path)
+                    believer.load_verify_locations(path)
         if certificate:
             with _explained(f"tls_key={key!r}", "not the key of tls_certificate"):
                 context.load_cert_chain(certificate, key, _no_password)
         contents = [Path(path).read_bytes() if path else None for path in self._paths]
-        return _Pem(contents[0], contents[1], contents[2] or b"")
+        return _Pem(contents[0], contents[1], contents[2] or b"", context)
 
 
 def tls_of(config: ServiceConfig) -> Tls | None:
@@ -91,6 +110,13 @@ def tls_of(config: ServiceConfig) -> Tls | None:
         key=config.tls_key,
         server_name=config.tls_server_name,
     )
+
+
+def server_context_of(config: ServiceConfig) -> ssl.SSLContext | None:
+    """What a service listens with where it speaks something else than gRPC; None: plaintext. Raises ConfigError as
+    `Tls` does."""
+    tls = tls_of(config)
+    return None if tls is None else tls.server_context(require_client=config.tls_client_certificates)
 
 
 def server_credentials_of(config: ServiceConfig) -> grpc.ServerCredentials | None:

@@ -17,7 +17,7 @@ from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError, Unavailable
 from common.health import Health
 from common.load import Load
-from common.metrics import WorkerMetrics
+from common.metrics import WorkerMetrics, totals
 from common.wire import pressure_to_proto
 from pdserve.v1 import types_pb2, worker_pb2, worker_pb2_grpc
 
@@ -84,6 +84,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self.num_pairs: Callable[[], int] = lambda: 0
         # Load streams that are open.
         self.num_watchers = 0
+        role = "decode" if identity.role == types_pb2.ROLE_DECODE else "prefill"
+        metrics.info.labels(role, identity.instance_id, identity.model_fingerprint).set(1)
         metrics.running.set_function(lambda: self._load.num_running)
         metrics.waiting.set_function(lambda: self._load.num_waiting)
         metrics.free_blocks.set_function(lambda: self._load.num_free_blocks)
@@ -143,13 +145,15 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         interval_s = told_every_s(request)
         self.num_watchers += 1
         try:
-            yield self._load_message(self.identity)
+            identity: worker_pb2.WorkerIdentity | None = self.identity
             while True:
+                # Before the message is made: what changes while the watcher is left in peace is told right afterwards.
                 changed = self._load_changed
+                yield self._load_message(identity)
+                identity = None
+                await asyncio.sleep(interval_s)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), HEARTBEAT_S - interval_s)
-                yield self._load_message(None)
-                await asyncio.sleep(interval_s)
         finally:
             self.num_watchers -= 1
 
@@ -214,5 +218,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         state = types_pb2.WORKER_STATE_DRAINING if self.draining else types_pb2.WORKER_STATE_SERVING
         fields = {**load._asdict(), "pressure": pressure_to_proto(load.pressure)}
         return worker_pb2.WatchLoadResponse(
-            identity=identity, state=state, num_pairs=self.num_pairs(), num_watchers=self.num_watchers, **fields
+            identity=identity,
+            state=state,
+            num_pairs=self.num_pairs(),
+            num_watchers=self.num_watchers,
+            num_output_tokens=totals(self._metrics.output_tokens)[()],
+            num_prompt_tokens=totals(self._metrics.computed_tokens)[()],
+            **fields,
         )

@@ -310,10 +310,12 @@ class DecodeEngine(EngineLoop):
         self._metrics.output_tokens.inc(len(landed))
         for reservation, token_id, logprob in landed:
             self.scheduler.advance(reservation, token_id)
+            token = token_id if logprob is None else Token(token_id, logprob)
             if not reservation.first_decode_ms:
                 reservation.first_decode_ms = (self._landed_s - reservation.committed_s) * 1e3
                 self._metrics.first_step_s.observe(reservation.first_decode_ms / 1e3)
-            self._put_out(reservation, token_id if logprob is None else Token(token_id, logprob))
+                token = Token(token_id, logprob, at_s=self._landed_s)
+            self._put_out(reservation, token)
 
     def _record_landing(self, launched_s: float) -> float:
         """The seconds that a step took which has just been read."""
@@ -326,7 +328,7 @@ class DecodeEngine(EngineLoop):
 
     def _join(self, reservation: Reservation, first_token: FirstToken) -> None:
         self.scheduler.commit(reservation, first_token.token_id)
-        self._put_out(reservation, Token(*first_token))
+        self._put_out(reservation, Token(*first_token, at_s=reservation.committed_s))
 
     def _put_out(self, reservation: Reservation, token: int | Token) -> None:
         """The newest token of a sequence."""
@@ -447,4 +449,5 @@ class DecodeEngine(EngineLoop):
         for reservation in list(self.scheduler.reservations.values()):
             if reservation.pair_id == pair_id and reservation.state is State.FILLING:
                 self.scheduler.lose(reservation)
+                self._metrics.attempts_lost.inc()
                 self._outbox.put(reservation.sequence, Lost(reservation.attempt, False, reason))

@@ -27,11 +27,15 @@ class Lost(NamedTuple):
 
 
 class Token(NamedTuple):
-    """A token and what is told with it. Most come as their id alone: one is made for every row of every step."""
+    """A token and what is told with it. Most come as their id alone: one is made for every row of every step.
+
+    `at_s`: when it was known, of the first token of an attempt and of the first that was decoded; 0 of all others.
+    """
 
     token_id: int
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    at_s: float = 0.0
 
 
 class Completed(NamedTuple):

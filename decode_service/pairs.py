@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import grpc.aio
 
+from common.clock import Clock, monotonic
 from common.config import DecodeConfig
 from common.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, PdserveError, Unavailable
 from common.transport.authentication import Credentials, new_token
+from common.transport.crowd import longest_idle
 from common.transport.group import DECODE_RANK, MAX_RENDEZVOUS_BYTES, PairGroup
 from common.transport.limits import chunk_bytes
 from common.transport.meeting import Meeting
@@ -59,11 +61,13 @@ class PairServer:
         config: DecodeConfig,
         *,
         transports: Transports,
+        clock: Clock = monotonic,
     ) -> None:
         self._identity = identity
         self._sink = sink
         self._config = config
         self._transports = transports
+        self._clock = clock
         self._num_made = 0
         self._closed = ""
         self._members: dict[str, _Member] = {}
@@ -94,6 +98,7 @@ class PairServer:
         Raises:
             FailedPrecondition: the two sides would not understand one another; names both values.
             InvalidArgument: the stream does not begin with a usable hello.
+            ResourceExhausted: this worker is paired with as many as it may be, and all are in use.
             Unavailable: the process group could not be made, or a newer hello of the same worker came.
         """
         hello = await self._read_hello(requests)
@@ -158,6 +163,7 @@ class PairServer:
             max_chunk_bytes=self._max_chunk_bytes(choice),
             post=outbox.post,
             on_end=on_end,
+            clock=self._clock,
         )
         del group
         log.info("pair %d with %s over %s", pair_id, worker, choice)
@@ -247,7 +253,9 @@ class PairServer:
             raise Unavailable(self._closed)
         old = self._members.get(peer.worker)
         superseded: frozenset[str] = frozenset()
-        if old is not None:
+        if old is None:
+            self._make_room()
+        else:
             if peer.boot_id in old.superseded:
                 raise FailedPrecondition(
                     f"prefill worker {peer.worker} has started again since boot {peer.boot_id} (boot {old.boot_id}); "
@@ -260,6 +268,15 @@ class PairServer:
                 old.pair.end(f"prefill worker {peer.worker} has connected again")
         member = self._members[peer.worker] = _Member(peer.boot_id, superseded)
         return member
+
+    def _make_room(self) -> None:
+        """For one member more."""
+        max_pairs = self._config.max_pairs
+        if len(self._members) >= max_pairs:
+            by_pair = {member.pair: worker for worker, member in self._members.items() if member.pair}
+            idle = longest_idle(by_pair, max_pairs=max_pairs)
+            del self._members[by_pair[idle]]
+            idle.end(f"closed for another: a worker holds {max_pairs} pairs (max_pairs)")
 
     def _leave(self, worker: str, member: _Member) -> None:
         if self._members.get(worker) is member:

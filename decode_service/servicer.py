@@ -12,6 +12,7 @@ from common.admission import admit
 from common.clock import Clock
 from common.errors import Internal, InvalidArgument, PdserveError
 from common.sequence import Sequence
+from common.tracing import DECODE, Tracer
 from common.worker import WorkerFront
 from decode_service.engine import DecodeEngine
 from decode_service.events import Completed, Event
@@ -19,6 +20,7 @@ from decode_service.pairs import PairServer
 from decode_service.pipeline.decisions import Mode
 from decode_service.pipeline.order import Cut
 from decode_service.pipeline.scheduler import PipelineStats
+from decode_service.stages import Stages
 from decode_service.streams import Mailbox, responses
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
 
@@ -62,6 +64,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         front: WorkerFront,
         *,
         pair_endpoint: str,
+        tracer: Tracer,
         clock: Clock,
     ) -> None:
         self._engine = engine
@@ -69,34 +72,41 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._pairs = pairs
         self._front = front
         self._pair_endpoint = pair_endpoint
+        self._tracer = tracer
         self._clock = clock
 
     async def Decode(
         self, request_iterator: AsyncIterator[decode_pb2.DecodeRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
-        opening = await anext(request_iterator, None)
-        if opening is None or opening.WhichOneof("request") != "open":
-            raise InvalidArgument("the first request of a Decode stream is `open`", field="open")
-        sequence = admit(opening.open, context, self._front.identity, self._clock)
-        mailbox = Mailbox()
-        worker = self._front.identity.instance_id
-        with self._front.call(mailbox.put):
-            self._events.mailboxes[sequence] = mailbox
-            self._engine.open(sequence, local=opening.open.local_prefill)
-            reader = asyncio.create_task(self._read(sequence, mailbox, request_iterator))
-            try:
-                done = False
-                while not done:
-                    events = await mailbox.take()
-                    done = any(isinstance(event, Completed) for event in events)
-                    for response in responses(events, pair_endpoint=self._pair_endpoint, decode_worker=worker):
-                        yield response
-            finally:
-                del self._events.mailboxes[sequence]
-                self._engine.close(sequence)
-                reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await reader
+        with (
+            self._tracer.serving(DECODE, context.invocation_metadata() or ()) as span,
+            Stages(span, self._clock) as stages,
+        ):
+            opening = await anext(request_iterator, None)
+            if opening is None or opening.WhichOneof("request") != "open":
+                raise InvalidArgument("the first request of a Decode stream is `open`", field="open")
+            worker = self._front.identity.instance_id
+            span.set(request_id=opening.open.request_id, worker=worker)
+            sequence = admit(opening.open, context, self._front.identity, self._clock)
+            mailbox = Mailbox(stages.note if span.is_recorded else None)
+            with self._front.call(mailbox.put):
+                self._events.mailboxes[sequence] = mailbox
+                stages.asked(local=opening.open.local_prefill)
+                self._engine.open(sequence, local=opening.open.local_prefill)
+                reader = asyncio.create_task(self._read(sequence, mailbox, stages, request_iterator))
+                try:
+                    done = False
+                    while not done:
+                        events = await mailbox.take()
+                        done = any(isinstance(event, Completed) for event in events)
+                        for response in responses(events, pair_endpoint=self._pair_endpoint, decode_worker=worker):
+                            yield response
+                finally:
+                    del self._events.mailboxes[sequence]
+                    self._engine.close(sequence)
+                    reader.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await reader
 
     async def ConnectPair(
         self, request_iterator: AsyncIterator[decode_pb2.ConnectPairRequest], context: grpc.aio.ServicerContext
@@ -125,12 +135,17 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         return decode_pb2.SetPipelineResponse(stats=_stats_to_proto(stats))
 
     async def _read(
-        self, sequence: Sequence, mailbox: Mailbox, requests: AsyncIterator[decode_pb2.DecodeRequest]
+        self,
+        sequence: Sequence,
+        mailbox: Mailbox,
+        stages: Stages,
+        requests: AsyncIterator[decode_pb2.DecodeRequest],
     ) -> None:
         try:
             async for request in requests:
                 match request.WhichOneof("request"):
                     case "retry":
+                        stages.asked(local=request.retry.local_prefill)
                         self._engine.retry(sequence, request.retry.attempt, local=request.retry.local_prefill)
                     case "finish":
                         self._engine.finish(sequence)

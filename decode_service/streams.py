@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from common.errors import PdserveError
 from common.wire import logprob_to_proto, logprobs_to_proto
@@ -22,11 +22,15 @@ _KV_PATH = {
 class Mailbox:
     """Events of one stream, in order, until its handler takes them. Belongs to the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_put: Callable[..., None] | None = None) -> None:
+        """`on_put` gets what is put, as it is."""
+        self._on_put = on_put
         self._events: list[Event] = []
         self._filled = asyncio.Event()
 
     def put(self, *events: Event) -> None:
+        if self._on_put is not None:
+            self._on_put(*events)
         self._events += events
         self._filled.set()
 

@@ -13,6 +13,7 @@ from common.engine.preparation import has_plain_kernels
 from common.engine.setup import WorkerParts
 from common.health import Health
 from common.metrics import DecodeMetrics
+from common.tracing import OFF, Tracer
 from common.worker import WorkerFront
 from decode_service.assembly import make_engine, prepare
 from decode_service.pairs import PairServer
@@ -24,7 +25,7 @@ from pdserve.v1 import decode_pb2_grpc, worker_pb2_grpc
 class DecodeWorker:
     """Made and used inside the event loop; the engine runs from `start` to `stop`."""
 
-    def __init__(self, config: DecodeConfig, parts: WorkerParts) -> None:
+    def __init__(self, config: DecodeConfig, parts: WorkerParts, *, tracer: Tracer = OFF) -> None:
         self._config = config
         self._parts = parts
         self.health = Health()
@@ -49,7 +50,13 @@ class DecodeWorker:
         self.metrics.reservations.set_function(lambda: self.front.load.num_reserved)
         self.metrics.pipeline.stats = self.engine.pipeline.stats
         self._servicer = DecodeServicer(
-            self.engine, events, self.pairs, self.front, pair_endpoint=config.pair_endpoint, clock=monotonic
+            self.engine,
+            events,
+            self.pairs,
+            self.front,
+            pair_endpoint=config.pair_endpoint,
+            tracer=tracer,
+            clock=monotonic,
         )
 
     def add_to(self, server: grpc.aio.Server) -> None:

@@ -15,7 +15,7 @@ import time
 from typing import NamedTuple
 
 from common.errors import FailedPrecondition
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import Chunk, PipelineStats
 from pdserve.worker_client import WorkerClient
 
@@ -51,7 +51,7 @@ class Run(NamedTuple):
         return self.after.num_pipelined_steps - self.before.num_pipelined_steps
 
 
-async def tokens_of(client: Client, prompt: str, max_tokens: int) -> tuple[int, ...]:
+async def tokens_of(client: AsyncClient, prompt: str, max_tokens: int) -> tuple[int, ...]:
     token_ids: list[int] = []
     async for event in client.generate(prompt, temperature=0.0, max_tokens=max_tokens, ignore_eos=True):
         if isinstance(event, Chunk):
@@ -59,7 +59,7 @@ async def tokens_of(client: Client, prompt: str, max_tokens: int) -> tuple[int, 
     return tuple(token_ids)
 
 
-async def run(client: Client, worker: WorkerClient, streams: int, max_tokens: int) -> Run:
+async def run(client: AsyncClient, worker: WorkerClient, streams: int, max_tokens: int) -> Run:
     """All streams at once, twice: what is captured or compiled at first use is in the first."""
     for _ in range(2):
         before, started_s = await worker.get_pipeline_stats(), time.monotonic()
@@ -79,7 +79,7 @@ def show(name: str, run: Run) -> None:
 
 
 async def main(options: argparse.Namespace) -> None:
-    async with Client(options.router) as client, WorkerClient(options.decode) as worker:
+    async with AsyncClient(options.router) as client, WorkerClient(options.decode) as worker:
         was = await worker.get_pipeline_stats()
         try:
             await worker.set_pipeline(mode="disabled", profiling=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -19,7 +20,8 @@ RETRY_S = 0.1
 
 
 class Connection:
-    """A channel to HOST:PORT, open inside `async with`. Dials on the first call, and again after a loss."""
+    """A channel to HOST:PORT, closed at the end of `async with` or by `close`. Dials on the first call, and again after
+    a loss; where a name leads to several addresses, calls take turns over them."""
 
     def __init__(self, target: str, *, access: Access | None = None) -> None:
         """`access`: what to show and believe; None: what the environment says (`Access.from_environment`).
@@ -28,16 +30,25 @@ class Connection:
         """
         self.target = target
         self._access = Access.from_environment() if access is None else access
-        self._metadata = self._access.metadata_for(target)
+        # Goes with every call.
+        self.metadata = self._access.metadata_for(target)
 
     async def __aenter__(self) -> Self:
-        self._channel = rpc.connect(self.target, self._access.tls())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._channel.close()
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends what is under way. Nothing can be called afterwards."""
+        await self.channel.close()
+
+    @functools.cached_property
+    def channel(self) -> grpc.aio.Channel:
+        # Made by the first call: it belongs to the event loop that runs then.
+        return rpc.connect(self.target, self._access.tls(), round_robin=True)
 
     async def wait_until_ready(self, timeout_s: float) -> None:
         """Returns once the process answers health and is ready for work.
@@ -47,7 +58,7 @@ class Connection:
             FailedPrecondition: what listens there does not serve grpc.health.v1.
         """
         seen = "nothing answered"
-        watch = health_pb2_grpc.HealthStub(self._channel).Watch
+        watch = health_pb2_grpc.HealthStub(self.channel).Watch
         try:
             async with asyncio.timeout(timeout_s):
                 while True:

@@ -19,10 +19,14 @@ class Message(NamedTuple):
     content: str
 
 
+# {"role": ..., "content": ...} is the same.
+Turn = Message | Mapping[str, str]
+
+
 class Chat(NamedTuple):
     """A conversation, rendered through the model's chat template. Extra variables of the template are JSON values."""
 
-    messages: Sequence[Message]
+    messages: Sequence[Turn]
     template_kwargs: Mapping[str, Any] = {}
 
 
@@ -87,8 +91,12 @@ def _input(prompt: Prompt) -> tuple[str, Any]:
         return "prompt", prompt
     if isinstance(prompt, Chat):
         variables = {name: json.dumps(value) for name, value in prompt.template_kwargs.items()}
-        return "chat", {"messages": [turn._asdict() for turn in prompt.messages], "template_kwargs": variables}
+        return "chat", {"messages": [_turn(one) for one in prompt.messages], "template_kwargs": variables}
     return "prompt_token_ids", {"ids": prompt}
+
+
+def _turn(turn: Turn) -> dict[str, str]:
+    return turn._asdict() if isinstance(turn, Message) else dict(turn)
 
 
 def _merge(message: Any, name: str, value: Any, prefix: str = "") -> None:

@@ -6,6 +6,8 @@ Fields mean what the messages of the same names in `protos/pdserve/v1/` say.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +64,41 @@ class Completion:
     path: ServingPath
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A whole completion; `reply["text"]` is `reply.text`.
+
+    `logprobs` has one entry for each of `token_ids` when `num_logprobs` was asked for, `prompt_logprobs` one for each
+    token of the prompt but the first when `num_prompt_logprobs` was.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_string: str | None
+    stop_token_id: int | None
+    usage: Usage
+    path: ServingPath
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], end: Completion) -> Reply:
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(itertools.chain.from_iterable(chunk.token_ids for chunk in chunks)),
+            logprobs=tuple(itertools.chain.from_iterable(chunk.logprobs for chunk in chunks)),
+            prompt_logprobs=tuple(itertools.chain.from_iterable(chunk.prompt_logprobs for chunk in chunks)),
+            **{field.name: getattr(end, field.name) for field in dataclasses.fields(end)},
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.__dataclass_fields__:
+            raise KeyError(name)
+        return getattr(self, name)
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """The model that a router serves."""
@@ -91,6 +128,27 @@ class Worker:
     num_pairs: int
     model_fingerprint: str
     pressure: tuple[str, ...]
+    num_reserved: int
+    num_waiting_tokens: int
+    step_ms: float
+    num_output_tokens: int
+    num_prompt_tokens: int
+    told_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoad:
+    """What a router has to do, and what has ended there since it started; router.proto explains the fields."""
+
+    instance_id: str
+    boot_id: str
+    num_running_requests: int
+    num_queued_requests: int
+    num_queued_clients: int
+    num_queued_tokens: int
+    num_held_requests: int
+    ended_requests: Mapping[str, int]
+    num_turned_away_requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +157,7 @@ class Workers:
 
     workers: tuple[Worker, ...]
     degraded: bool
+    load: RouterLoad
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +207,8 @@ class Explanation:
 
     placings: tuple[Placing, ...]
     num_queued_requests: int
+    # They have lost their decode worker and wait for one to go on at.
+    num_replacing_requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +276,16 @@ def model_from_proto(message: router_pb2.GetModelResponse) -> Model:
 
 
 def workers_from_proto(message: router_pb2.ListWorkersResponse) -> Workers:
-    return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded)
+    load = RouterLoad(**_fields(RouterLoad, message.load) | {"ended_requests": dict(message.load.ended_requests)})
+    return Workers(tuple(_worker_from_proto(one) for one in message.workers), message.degraded, load)
 
 
 def explanation_from_proto(message: router_pb2.ExplainResponse) -> Explanation:
-    return Explanation(tuple(map(_placing_from_proto, message.placings)), message.num_queued_requests)
+    return Explanation(
+        tuple(map(_placing_from_proto, message.placings)),
+        message.num_queued_requests,
+        message.num_replacing_requests,
+    )
 
 
 def pipeline_stats_from_proto(message: decode_pb2.GetPipelineStatsResponse) -> PipelineStats:

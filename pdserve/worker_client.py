@@ -31,10 +31,10 @@ class WorkerClient(Connection):
 
     async def get_pipeline_stats(self, *, timeout_s: float = LOOKUP_TIMEOUT_S) -> PipelineStats:
         """Decode workers alone. Raises FailedPrecondition for any other service."""
-        stub = decode_pb2_grpc.DecodeServiceStub(self._channel)
+        stub = decode_pb2_grpc.DecodeServiceStub(self.channel)
         request = decode_pb2.GetPipelineStatsRequest()
         with self.failures():
-            stats = await stub.GetPipelineStats(request, timeout=timeout_s, metadata=self._metadata)
+            stats = await stub.GetPipelineStats(request, timeout=timeout_s, metadata=self.metadata)
             return pipeline_stats_from_proto(stats)
 
     async def set_pipeline(
@@ -66,9 +66,9 @@ class WorkerClient(Connection):
             except ValueError:
                 names = "'auto', 'static' or 'disabled'"
                 raise errors.InvalidArgument(f"{mode!r}, not {names}", field="mode") from None
-        stub = decode_pb2_grpc.DecodeServiceStub(self._channel)
+        stub = decode_pb2_grpc.DecodeServiceStub(self.channel)
         with self.failures():
-            response = await stub.SetPipeline(request, timeout=timeout_s, metadata=self._metadata)
+            response = await stub.SetPipeline(request, timeout=timeout_s, metadata=self.metadata)
             return pipeline_stats_from_proto(response.stats)
 
     async def drain(self, deadline_s: float | None = None) -> AsyncGenerator[DrainProgress, None]:
@@ -80,10 +80,10 @@ class WorkerClient(Connection):
         Raises:
             Unavailable: the worker is gone before it was done.
         """
-        stub = worker_pb2_grpc.WorkerServiceStub(self._channel)
+        stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         timeout_s = DRAIN_TIMEOUT_S if deadline_s is None else deadline_s + DRAIN_MARGIN_S
         request = worker_pb2.DrainRequest(deadline_s=deadline_s)
-        call = stub.Drain(request, timeout=timeout_s, metadata=self._metadata)
+        call = stub.Drain(request, timeout=timeout_s, metadata=self.metadata)
         try:
             with self.failures():
                 async for message in call:

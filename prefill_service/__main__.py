@@ -8,6 +8,7 @@ import sys
 from common.config import PrefillConfig
 from common.engine.setup import build
 from common.service import main, serve
+from common.tracing import Tracer, tracing
 from prefill_service.worker import PrefillWorker
 
 SERVICES = ("pdserve.v1.PrefillService", "pdserve.v1.WorkerService")
@@ -15,8 +16,13 @@ SERVICES = ("pdserve.v1.PrefillService", "pdserve.v1.WorkerService")
 
 async def run(config: PrefillConfig) -> None:
     """Serves until told to stop."""
+    with tracing(config) as tracer:
+        await _serve(config, tracer)
+
+
+async def _serve(config: PrefillConfig, tracer: Tracer) -> None:
     parts = await asyncio.to_thread(build, config)
-    worker = PrefillWorker(config, parts)
+    worker = PrefillWorker(config, parts, tracer=tracer)
     await asyncio.to_thread(worker.prepare)
     worker.start()
     try:

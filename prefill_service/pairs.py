@@ -1,4 +1,4 @@
-"""Prefill's pairs: made when first needed, remade after any failure, closed when long idle."""
+"""Prefill's pairs: made when first needed, remade after any failure, closed when long idle or one too many."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from common.clock import Clock, monotonic
 from common.config import PrefillConfig
 from common.errors import Unavailable
 from common.tls import tls_of
+from common.transport.crowd import longest_idle
 from common.transport.messages import PairIdentity
 from common.transport.sending import BlockSource, SendingPair
 from common.transport.transports import Transports
@@ -38,6 +39,7 @@ class PairRegistry:
             transports=transports,
             clock=clock,
         )
+        self._max_pairs = config.max_pairs
         self._num_made = 0
         self._links: dict[str, Link] = {}
 
@@ -50,10 +52,12 @@ class PairRegistry:
 
         Raises:
             FailedPrecondition: decode refused; names what differs.
+            ResourceExhausted: this worker, or decode, is paired with as many as it may be, and all are in use.
             Unavailable: decode cannot be reached, or not within `timeout_s`. Asking again tries anew.
         """
         link = self._links.get(endpoint)
         if link is None or link.is_over:
+            self._make_room()
             self._num_made += 1
             link = self._links[endpoint] = self._connect(endpoint, f"pair-{self._num_made}")
             link.task.add_done_callback(functools.partial(self._forget, link))
@@ -77,6 +81,13 @@ class PairRegistry:
         if links:
             await asyncio.wait([link.task for link in links], timeout=CLOSE_S)
         await asyncio.gather(*(asyncio.to_thread(pair.wait_released, CLOSE_S) for pair in pairs))
+
+    def _make_room(self) -> None:
+        """For one link more."""
+        links = [link for link in self._links.values() if not link.is_over]
+        if len(links) >= self._max_pairs:
+            idle = longest_idle([link.pair for link in links if link.pair], max_pairs=self._max_pairs)
+            idle.end(f"closed for another: a worker holds {self._max_pairs} pairs (max_pairs)")
 
     def _forget(self, link: Link, _: asyncio.Task[None]) -> None:
         if self._links.get(link.endpoint) is link:

@@ -11,12 +11,14 @@ from common.address import Address
 from common.admission import admit
 from common.clock import Clock
 from common.errors import Cancelled, InvalidArgument, PdserveError
+from common.tracing import PREFILL, Span, Tracer
 from common.transport.messages import AttemptKey
 from common.worker import WorkerFront
 from pdserve.v1 import prefill_pb2, prefill_pb2_grpc
 from prefill_service.engine import PrefillEngine, PrefillResult, Task
 from prefill_service.pairs import PairRegistry
 from prefill_service.scheduler import Job
+from prefill_service.stages import record_stages
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -30,6 +32,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         *,
         block_size: int,
         pair_connect_s: float,
+        tracer: Tracer,
         clock: Clock,
     ) -> None:
         self._engine = engine
@@ -37,11 +40,19 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._front = front
         self._block_size = block_size
         self._pair_connect_s = pair_connect_s
+        self._tracer = tracer
         self._clock = clock
         self._loop = asyncio.get_running_loop()
 
     async def Prefill(
         self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> prefill_pb2.PrefillResponse:
+        with self._tracer.serving(PREFILL, context.invocation_metadata() or ()) as span:
+            span.set(request_id=request.request_id, attempt=request.attempt, worker=self._front.identity.instance_id)
+            return await self._prefill(request, context, span)
+
+    async def _prefill(
+        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext, span: Span
     ) -> prefill_pb2.PrefillResponse:
         sequence = admit(request, context, self._front.identity, self._clock)
         self._check(request)
@@ -55,9 +66,10 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         with self._front.call(evict):
             try:
                 remaining_s = sequence.request.deadline_s - self._clock()
-                pair = await self._pairs.acquire(
-                    request.pair_endpoint, timeout_s=min(self._pair_connect_s, remaining_s)
-                )
+                with span.child("connect"):
+                    pair = await self._pairs.acquire(
+                        request.pair_endpoint, timeout_s=min(self._pair_connect_s, remaining_s)
+                    )
                 job = Job(sequence, num_remote_cached_tokens=request.num_cached_tokens)
                 key = AttemptKey(request.reservation, request.attempt)
                 task = Task(job, key, pair, partial(self._tell, done))
@@ -65,12 +77,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 result = await done
             except BaseException as error:
                 if task is not None:
+                    record_stages(span, task.job, self._clock(), error)
                     self._engine.cancel(
                         task, error if isinstance(error, PdserveError) else Cancelled("the caller left")
                     )
                 raise
             finally:
                 done.cancel()
+            record_stages(span, job, self._clock(), result, transport=pair.transport)
         return prefill_pb2.PrefillResponse(
             prefill_worker=self._front.identity.instance_id, kv_transport=pair.transport, **result._asdict()
         )

@@ -12,6 +12,7 @@ from common.engine.preparation import has_plain_kernels, prepare_prefill, prepar
 from common.engine.setup import WorkerParts
 from common.health import Health
 from common.metrics import PrefillMetrics
+from common.tracing import OFF, Tracer
 from common.worker import WorkerFront
 from pdserve.v1 import prefill_pb2_grpc, worker_pb2_grpc
 from prefill_service.engine import PrefillEngine
@@ -23,7 +24,7 @@ from prefill_service.servicer import PrefillServicer
 class PrefillWorker:
     """Made and used inside the event loop; the engine runs from `start` to `stop`."""
 
-    def __init__(self, config: PrefillConfig, parts: WorkerParts) -> None:
+    def __init__(self, config: PrefillConfig, parts: WorkerParts, *, tracer: Tracer = OFF) -> None:
         self._config = config
         self._parts = parts
         self.health = Health()
@@ -52,6 +53,7 @@ class PrefillWorker:
             self.front,
             block_size=config.block_size,
             pair_connect_s=config.pair_connect_s,
+            tracer=tracer,
             clock=monotonic,
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from common.errors import PdserveError
+from common.tracing import Span
 from router.prefill_call import PrefillResult
 from router.workers import Share, Worker
 
@@ -28,11 +29,13 @@ class Attempt:
         share: Share,
         call: Callable[[], Awaitable[PrefillResult]],
         deliver: Callable[[PrefillFailed], None],
+        span: Span,
     ) -> None:
         self.number = number
         self.worker = share.worker
         self.result: PrefillResult | None = None
         self._deliver = deliver
+        self._span = span
         self._task = asyncio.create_task(self._run(call))
         self._task.add_done_callback(lambda _: share.end())
 
@@ -50,10 +53,11 @@ class Attempt:
 
     async def _run(self, call: Callable[[], Awaitable[PrefillResult]]) -> None:
         try:
-            with self.worker.loss_told_to(self._failed):
+            with self._span, self.worker.loss_told_to(self._failed):
                 self.result = await call()
         except PdserveError as error:
             self._failed(error)
 
     def _failed(self, error: PdserveError) -> None:
+        self._span.fail(error)
         self._deliver(PrefillFailed(self.number, self.worker, error))

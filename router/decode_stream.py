@@ -16,6 +16,9 @@ from pdserve.v1 import decode_pb2, decode_pb2_grpc, types_pb2
 from router.output import Ending, FinishReason
 from router.request import Request
 
+# What travels beside a call.
+Metadata = tuple[tuple[str, str], ...]
+
 
 class KvPath(Enum):
     """Where decode's copy of the prompt's KV came from, for the last attempt."""
@@ -92,9 +95,10 @@ class DecodeStream:
         opening: decode_pb2.Open,
         *,
         timeout_s: float,
+        metadata: Metadata = (),
         deliver: Callable[[Event], None],
     ) -> None:
-        self._call = stub.Decode(timeout=timeout_s)
+        self._call = stub.Decode(timeout=timeout_s, metadata=metadata)
         # Requests go out one at a time, in order; few streams have any but the first.
         self._writing = asyncio.Lock()
         self._commands: set[asyncio.Task[None]] = set()

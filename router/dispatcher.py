@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 # How often the queue is searched for requests that are late.
 SWEEP_S = 0.05
+# Finding out that nobody has room takes a millisecond among a thousand workers, which tell of a change a thousand times
+# a second: at most this share of the router's time goes into it.
+DISPATCH_SHARE = 0.2
 
 
 class Placement(NamedTuple):
@@ -49,9 +53,20 @@ class Dispatcher:
     """Belongs to the event loop. `wake` it whenever a worker may have more room."""
 
     def __init__(
-        self, queue: RequestQueue, fleet: Fleet, placings: PlacementLog, metrics: RouterMetrics, clock: Clock
+        self,
+        queue: RequestQueue,
+        fleet: Fleet,
+        placings: PlacementLog,
+        metrics: RouterMetrics,
+        clock: Clock,
+        *,
+        replace_wait_s: float,
     ) -> None:
+        """What is here waits for `replace_wait_s` while no decode worker takes new work; what comes then, does not."""
         self.queue = queue
+        # Requests that have lost their decode worker and wait for another.
+        self.num_replacing = 0
+        self._replace_wait_s = replace_wait_s
         self._fleet = fleet
         self._placings = placings
         self._metrics = metrics
@@ -63,6 +78,8 @@ class Dispatcher:
         # Since when no decode worker takes new work.
         self._stranded_since_s: float | None = None
         self._changed = asyncio.Event()
+        self._dispatching: asyncio.Handle | None = None
+        self._not_before_s = 0.0
 
     async def place(self, request: Request) -> Placement:
         """A decode worker with room for `request`, waiting for one in the queue.
@@ -70,9 +87,9 @@ class Dispatcher:
         Raises:
             ResourceExhausted: the queue is full.
             DeadlineExceeded: its time is up, or would be.
-            Unavailable: no decode worker takes new work.
+            Unavailable: no decode worker takes new work, and that is more than a hiccup.
         """
-        if not self._fleet.can_serve:
+        if self.stranded_s >= self._fleet.heartbeat_timeout_s:
             raise self._nobody_serves()
         demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt, request_id=request.request_id)
         if not len(self.queue) and (placement := self._place_now(demand)):
@@ -100,32 +117,57 @@ class Dispatcher:
         """Those that wait because decode is under pressure."""
         return len(self.queue) if self._hold.is_on else 0
 
-    async def place_again(self, demand: Demand, failures: Failures, *, wait_s: float) -> Placement | None:
-        """Another decode worker for a request that lost its own: one with room and no pressure if there is, else any.
+    async def place_again(
+        self, demand: Demand, failures: Failures, error: PdserveError, *, can_wait: bool
+    ) -> Placement:
+        """Another decode worker for a request that lost its own with `error`: one with room and no pressure if there
+        is, else any. It waits for neither, only for a worker, where it can: pressure ends as requests that have begun
+        end, and this is one of them.
 
-        It waits for neither, only for a worker, which may take `wait_s`; None: none has come up. Pressure ends as
-        requests that have begun end, and this is one of them.
+        Raises `error` when none comes up; where it is a loss, with how long was waited for whom.
         """
-        until_s = self._clock() + wait_s
-        while True:
-            changed = self._changed
-            exclude = failures.excluded
-            placement = self._place_now(demand, exclude) or self._place_now(demand, exclude, anywhere=True)
-            left_s = until_s - self._clock()
-            if placement is not None or left_s <= 0:
-                return placement
-            try:
-                async with asyncio.timeout(left_s):
-                    await changed.wait()
-            except TimeoutError:
-                return None
+        begun_s, is_told = self._clock(), False
+        self.num_replacing += 1
+        try:
+            while True:
+                changed = self._changed
+                exclude = failures.excluded
+                placement = self._place_now(demand, exclude) or self._place_now(demand, exclude, anywhere=True)
+                if placement is not None:
+                    return placement
+                waited_s = self._clock() - begun_s
+                left_s = self._patience_s - waited_s if can_wait else 0.0
+                if left_s <= 0:
+                    raise self._not_replaced(error, waited_s)
+                if not is_told:
+                    is_told = True
+                    log.info("waiting for a decode worker to go on at: %s", error)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await changed.wait()
+        finally:
+            self.num_replacing -= 1
 
     def wake(self) -> None:
-        """Gives those at the head of the queue to workers that have room."""
+        """Gives those at the head of the queue to workers that have room: soon, and once for all that has changed until
+        then."""
+        self._note_stranded()
+        if self._dispatching is None:
+            loop, wait_s = asyncio.get_running_loop(), self._not_before_s - self._clock()
+            self._dispatching = (
+                loop.call_later(wait_s, self._dispatch) if wait_s > 0 else loop.call_soon(self._dispatch)
+            )
+
+    def _dispatch(self) -> None:
+        self._dispatching = None
+        begun_s = self._clock()
         self._changed.set()
         self._changed = asyncio.Event()
-        if self._fleet.can_serve:
-            self._stranded_since_s = None
+        self._place_waiting()
+        ended_s = self._clock()
+        self._not_before_s = ended_s + (ended_s - begun_s) * (1 / DISPATCH_SHARE - 1)
+
+    def _place_waiting(self) -> None:
         while (ticket := self.queue.head) is not None:
             waiting = self._waiting[ticket]
             if waiting.placed.cancelled():
@@ -137,6 +179,22 @@ class Dispatcher:
             self.queue.take(ticket)
             waiting.placed.set_result(placement)
         self._note_hold()
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a worker may be waited for. That one is away may be heard later than what failed there."""
+        is_away = not self._fleet.decode or any(not one.is_serving for one in self._fleet.decode)
+        return self._replace_wait_s if is_away else min(self._replace_wait_s, self._fleet.heartbeat_timeout_s)
+
+    def _not_replaced(self, error: PdserveError, waited_s: float) -> PdserveError:
+        if not isinstance(error, Unavailable):
+            return error
+        limit = f"replace_wait_s = {self._replace_wait_s:g}"
+        return Unavailable(
+            f"{error.message}; no decode worker took over within {waited_s:.1f} s ({limit}): {self._states()}",
+            retry_after_s=1.0,
+            reason=error.reason,
+        )
 
     def _join(self, request: Request) -> Ticket:
         try:
@@ -185,7 +243,7 @@ class Dispatcher:
     def _drop_late(self) -> None:
         self._sweep = None
         self._drop(self.queue.drop_late())
-        if self._is_stranded():
+        if self.stranded_s >= self._replace_wait_s:
             for ticket in list(self.queue):
                 self._fail(ticket, self._nobody_serves())
         self._arm()
@@ -206,17 +264,22 @@ class Dispatcher:
         if ticket in self.queue:
             self.queue.leave(ticket)
 
-    def _is_stranded(self) -> bool:
-        """No decode worker takes new work, and that is more than a hiccup."""
+    def _note_stranded(self) -> None:
         if self._fleet.can_serve:
-            return False
-        if self._stranded_since_s is None:
+            self._stranded_since_s = None
+        elif self._stranded_since_s is None:
             self._stranded_since_s = self._clock()
-        return self._clock() - self._stranded_since_s >= self._fleet.heartbeat_timeout_s
+
+    @property
+    def stranded_s(self) -> float:
+        """How long no decode worker has taken new work; 0 while one does."""
+        return 0.0 if self._stranded_since_s is None else self._clock() - self._stranded_since_s
 
     def _nobody_serves(self) -> PdserveError:
-        states = "; ".join(
+        return Unavailable(f"no decode worker takes new work: {self._states()}", retry_after_s=1.0, reason="NO_WORKER")
+
+    def _states(self) -> str:
+        return "; ".join(
             [f"{one.address} is {one.state.value} {one.reason}".strip() for one in self._fleet.decode]
             + [f"{name} leads nowhere" for name in self._fleet.unknown_decode_names]
         )
-        return Unavailable(f"no decode worker takes new work: {states}", retry_after_s=1.0, reason="NO_WORKER")

@@ -130,7 +130,7 @@ class Fleet:
     @property
     def can_serve(self) -> bool:
         """A decode worker takes new work; it can prefill locally when nobody else does."""
-        return any(worker.is_serving for worker in self.decode)
+        return any(worker.is_serving for worker in self._members[Role.DECODE].values())
 
     @property
     def is_degraded(self) -> bool:

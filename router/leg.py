@@ -18,6 +18,7 @@ from functools import partial
 from types import TracebackType
 
 from common.errors import DeadlineExceeded, Unavailable
+from common.tracing import PREFILL, Span
 from router.attempt import Attempt, PrefillFailed
 from router.decode_stream import (
     Chunk,
@@ -70,7 +71,9 @@ class Leg:
         path: PathRecord,
         failures: Failures,
         meter: Meter,
+        span: Span,
     ) -> None:
+        """`span`: that of the call to the decode worker."""
         self.identity = placement.identity
         self._worker = placement.worker
         self._share = placement.share
@@ -81,6 +84,8 @@ class Leg:
         self._path = path
         self._failures = failures
         self._meter = meter
+        self._span = span
+        span.set(worker=self.identity.instance_id)
         self._metrics = parts.metrics
         self._clock = parts.clock
         self._inbox: Inbox[Event | PrefillFailed] = Inbox()
@@ -112,7 +117,9 @@ class Leg:
             )
             self._asked_s = self._clock()
             stub = self._fleet.decode_stub(self._worker)
-            self._stream = DecodeStream(stub, first, timeout_s=self._left_s(), deliver=self._deliver)
+            self._stream = DecodeStream(
+                stub, first, timeout_s=self._left_s(), metadata=self._span.metadata, deliver=self._deliver
+            )
             resources.callback(self._stream.close)
             resources.callback(self._end_attempt)
             self._resources = resources.pop_all()
@@ -203,6 +210,8 @@ class Leg:
         self._placings.note_prefill(demand, self._prefill_terms, choice, self._way)
         remember(choice, demand)
         self._path.begin_attempt(choice.worker.instance_id)
+        span = self._span.call(PREFILL, choice.worker.address)
+        span.set(worker=choice.worker.instance_id, attempt=reserved.attempt, num_tokens=len(demand.token_ids))
         call = partial(
             prefill,
             self._fleet.prefill_stub(choice.worker),
@@ -212,9 +221,10 @@ class Leg:
             decode_address=self._worker.address,
             model_fingerprint=self.identity.model_fingerprint,
             timeout_s=self._left_s(),
+            metadata=span.metadata,
         )
         share = choice.worker.take(num_tokens=len(demand.token_ids))
-        self._attempt = Attempt(reserved.attempt, share, call, self._inbox.put)
+        self._attempt = Attempt(reserved.attempt, share, call, self._inbox.put, span)
 
     def _prefill_failed(self, event: PrefillFailed) -> None:
         self._fleet.heed(event.worker, event.error)
@@ -237,6 +247,7 @@ class Leg:
 
     def _give_up(self, attempt: int, *, cause: str) -> None:
         self._metrics.retries.labels(cause=cause).inc()
+        self._span.event("attempt_given_up", attempt=attempt, cause=cause)
         self._output.go_on()
         if self._output.token_ids:
             self._path.num_resumptions += 1
@@ -285,6 +296,7 @@ class Leg:
         self._choose_prefill()
         way = self._way = self._local_prefill.choose(self._prospect)
         self._metrics.prefill_ways.labels(way=way.name, reason=way.reason.value).inc()
+        self._span.set(prefill_way=way.name, prefill_way_reason=way.reason.value)
         if way.crossover_tokens is not None:
             self._metrics.local_crossover_tokens.set(way.crossover_tokens)
         self._share.compute(self._prospect.num_local_tokens if way.is_local and self._prospect else 0)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from common.clock import Clock
 from common.metrics import RouterMetrics
 from common.tokenization import Tokenizer
+from common.tracing import Tracer
 from router.dispatcher import Dispatcher
 from router.explanation import PlacementLog
 from router.fleet import Fleet
@@ -23,4 +24,5 @@ class Parts(NamedTuple):
     # None: token ids alone go in and out.
     tokenizer: Tokenizer | None
     metrics: RouterMetrics
+    tracer: Tracer
     clock: Clock

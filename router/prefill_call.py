@@ -11,7 +11,7 @@ import grpc.aio
 from common.errors import Unavailable, from_rpc_error
 from common.wire import sampling_to_proto, stopping_to_proto
 from pdserve.v1 import prefill_pb2, prefill_pb2_grpc, types_pb2
-from router.decode_stream import Reserved
+from router.decode_stream import Metadata, Reserved
 from router.request import Request
 
 
@@ -36,6 +36,7 @@ async def prefill(
     decode_address: str,
     model_fingerprint: str,
     timeout_s: float,
+    metadata: Metadata = (),
 ) -> PrefillResult:
     """Has `token_ids` (the prompt, and on a resumption the output so far) computed and shipped into what is reserved.
 
@@ -59,7 +60,7 @@ async def prefill(
         priority=request.priority,
     )
     try:
-        response = await stub.Prefill(message, timeout=timeout_s)
+        response = await stub.Prefill(message, timeout=timeout_s, metadata=metadata)
     except grpc.aio.AioRpcError as failure:
         raise from_rpc_error(failure) from None
     except asyncio.CancelledError:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from common.identities import Caller
 from common.params import SamplingParams, StoppingParams
+from common.tracing import Metadata
 
 
 class Arrival(NamedTuple):
@@ -19,6 +20,8 @@ class Arrival(NamedTuple):
     deadline_s: float
     # None: callers are not told apart.
     caller: Caller | None = None
+    # Sent along with the request; a trace that it is part of is named there.
+    metadata: Metadata = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

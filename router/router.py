@@ -18,11 +18,13 @@ from common.health import Health
 from common.metrics import RouterMetrics
 from common.tls import tls_of
 from common.tokenization import Tokenizer
+from common.tracing import OFF, Tracer
 from pdserve.v1 import router_pb2_grpc
 from router.directory import LookUp, look_up
 from router.dispatcher import Dispatcher
 from router.explanation import PlacementLog
 from router.fleet import Fleet
+from router.generation import Generations
 from router.in_flight import InFlight
 from router.local_prefill import LocalPrefill, Mode
 from router.pacer import Pacer
@@ -43,6 +45,7 @@ class Router:
         tokenizer: Tokenizer | None,
         *,
         look_up: LookUp = look_up,
+        tracer: Tracer = OFF,
         clock: Clock = monotonic,
     ) -> None:
         self.health = Health()
@@ -67,13 +70,17 @@ class Router:
             max_requests=config.max_queue_requests, max_tokens=config.max_queue_tokens, clock=clock
         )
         placings = PlacementLog(self.fleet, clock)
-        self._dispatcher = Dispatcher(self._queue, self.fleet, placings, self.metrics, clock)
+        self._dispatcher = Dispatcher(
+            self._queue, self.fleet, placings, self.metrics, clock, replace_wait_s=config.replace_wait_s
+        )
         self._in_flight = InFlight(max_per_client=config.max_requests_per_client)
+        self._drain_s = config.drain_s
         local_prefill = LocalPrefill(Mode(config.local_prefill), clock)
         self.parts = Parts(
-            self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, clock
+            self.fleet, self._dispatcher, local_prefill, placings, Pacer(), tokenizer, self.metrics, tracer, clock
         )
-        self._servicer = RouterServicer(config, self.parts, self._in_flight)
+        self.generations = Generations(config, self.parts, self._in_flight)
+        self._servicer = RouterServicer(config, self.parts, self.generations)
         self._mirror_in_metrics()
 
     @contextlib.asynccontextmanager
@@ -90,11 +97,11 @@ class Router:
         router_pb2_grpc.add_RouterServiceServicer_to_server(self._servicer, server)
 
     async def drain(self) -> None:
-        """Takes nothing new, and waits until every request has ended."""
+        """Takes nothing new, and waits until every request has ended; after `drain_s` the rest is ended."""
         self._is_stopping = True
         self.health.set_ready(False)
-        log.info("waiting for %d requests", len(self._in_flight))
-        await self._in_flight.drain()
+        log.info("waiting for %d requests, for at most %g s", len(self._in_flight), self._drain_s)
+        await self._in_flight.drain(self._drain_s)
 
     @property
     def _has_met_enough(self) -> bool:
@@ -112,6 +119,7 @@ class Router:
         self.metrics.queue_tokens.set_function(lambda: self._queue.num_tokens)
         self.metrics.queue_clients.set_function(lambda: self._queue.num_clients)
         self.metrics.held_requests.set_function(lambda: self._dispatcher.num_held)
+        self.metrics.replacing_requests.set_function(lambda: self._dispatcher.num_replacing)
         self.metrics.degraded.set_function(lambda: self.fleet.is_degraded)
         for role, state in itertools.product(Role, WorkerState):
             gauge = self.metrics.workers.labels(role=role.value, state=state.value)

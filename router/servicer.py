@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import urllib.parse
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 
 import grpc.aio
 
-from common import logs
 from common.config import RouterConfig
-from common.errors import DeadlineExceeded, InvalidArgument, Unavailable
+from common.errors import InvalidArgument
 from common.identities import CALLER
+from common.metrics import totals
 from common.wire import pressure_to_proto
 from pdserve.v1 import router_pb2, router_pb2_grpc, types_pb2
 from router.decode_stream import KvPath
 from router.explanation import Candidate, Placing, explain
-from router.fleet import ServedModel
-from router.in_flight import InFlight
-from router.intake import Intake
+from router.generation import Generations
 from router.local_prefill import Reason, Way
 from router.output import FinishReason, Piece
 from router.parts import Parts
 from router.placement import Demand, Refusal
-from router.record import Record
 from router.request import Arrival
-from router.session import Completed, Session
+from router.session import Completed
 from router.workers import Role, Worker, WorkerState
 
 _REASONS = {FinishReason.STOP: types_pb2.FINISH_REASON_STOP, FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH}
@@ -49,27 +45,30 @@ _STATES = {
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """One handler a request; its end, for whatever reason, ends the work on every worker."""
 
-    def __init__(self, config: RouterConfig, parts: Parts, in_flight: InFlight) -> None:
+    def __init__(self, config: RouterConfig, parts: Parts, generations: Generations) -> None:
         self._config = config
         self._parts = parts
         self._fleet = parts.fleet
-        self._in_flight = in_flight
-        self._intake = Intake(parts.tokenizer, model_id=config.model_id, max_prompt_tokens=config.max_prompt_tokens)
+        self._boot_id = uuid.uuid4().hex
+        self._generations = generations
 
     async def Generate(self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        arrival = self._arrival(context)
-        timeout_s = arrival.deadline_s - arrival.received_s
-        record = Record(arrival, self._parts.metrics, self._parts.clock, log_it=self._config.access_log)
-        with record, _as_deadline_exceeded(timeout_s):
-            record.request_id = self._intake.check(request)
-            with logs.bound(request_id=record.request_id):
-                async with asyncio.timeout(timeout_s):
-                    await self._generate(request, arrival, record, context)
+        async with self._generations.admitted(request, self._arrival(context)) as generation:
+            request_id: str | None = generation.request.request_id
+
+            async def write(response: router_pb2.GenerateResponse) -> None:
+                nonlocal request_id
+                if request_id is not None:
+                    response.request_id, request_id = request_id, None
+                await context.write(response)
+
+            completed = await generation.run(lambda piece: write(_chunk(piece)))
+            await write(router_pb2.GenerateResponse(completion=_completion(completed)))
 
     async def GetModel(
         self, request: router_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> router_pb2.GetModelResponse:
-        model = self._model()
+        model = self._generations.model
         return router_pb2.GetModelResponse(
             model_id=self._config.model_id,
             context_length=model.context_length,
@@ -87,7 +86,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             for role in (self._fleet.prefill, self._fleet.decode)
             for worker in sorted(role, key=lambda worker: worker.address)
         ]
-        return router_pb2.ListWorkersResponse(workers=map(_worker, workers), degraded=self._fleet.is_degraded)
+        now_s = self._parts.clock()
+        return router_pb2.ListWorkersResponse(
+            workers=[_worker(worker, now_s) for worker in workers], degraded=self._fleet.is_degraded, load=self._load()
+        )
 
     async def Explain(
         self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext
@@ -103,62 +105,40 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.ExplainResponse(
             placings=[_placing(placing, now_s) for placing in placings],
             num_queued_requests=len(self._parts.dispatcher.queue),
+            num_replacing_requests=self._parts.dispatcher.num_replacing,
         )
 
     async def _explain(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> Sequence[Placing]:
         parts = self._parts
-        request = await self._intake.admit(message, self._model(), self._intake.check(message), arrival)
+        generations = self._generations
+        request_id = generations.intake.check(message)
+        request = await generations.intake.admit(message, generations.model, request_id, arrival)
         demand = Demand(request.prompt_token_ids, cache_salt=request.cache_salt)
         reads_cache = request.num_prompt_logprobs is None
         return list(explain(demand, self._fleet, parts.local_prefill, parts.placings, reads_cache=reads_cache))
 
     def _arrival(self, context: grpc.aio.ServicerContext) -> Arrival:
-        now_s = self._parts.clock()
-        left_s = context.time_remaining()
-        timeout_s = self._config.max_request_s if left_s is None else left_s
-        caller = CALLER.get()
-        client = caller.name if caller and caller.name else client_of(context.peer())
-        return Arrival(client, received_s=now_s, deadline_s=now_s + timeout_s, caller=caller)
+        return self._generations.arrival(
+            client_of(context.peer()),
+            CALLER.get(),
+            timeout_s=context.time_remaining(),
+            metadata=context.invocation_metadata() or (),
+        )
 
-    async def _generate(
-        self,
-        request: router_pb2.GenerateRequest,
-        arrival: Arrival,
-        record: Record,
-        context: grpc.aio.ServicerContext,
-    ) -> None:
-        request_id: str | None = record.request_id
-
-        async def write(response: router_pb2.GenerateResponse) -> None:
-            nonlocal request_id
-            if request_id is not None:
-                response.request_id, request_id = request_id, None
-            await context.write(response)
-
-        async def put_out(piece: Piece) -> None:
-            record.put_out(piece)
-            await write(_chunk(piece))
-
-        with self._in_flight.entry(arrival.client, record.request_id):
-            admitted = await self._intake.admit(request, self._model(), record.request_id, arrival)
-            record.admitted(admitted)
-            completed = await Session(admitted, self._parts).run(put_out)
-            record.completed(completed)
-            await write(router_pb2.GenerateResponse(completion=_completion(completed)))
-
-    def _model(self) -> ServedModel:
-        model = self._fleet.model
-        if model is None:
-            raise Unavailable("no decode worker has been met yet", retry_after_s=1.0, reason="NO_WORKER")
-        return model
-
-
-@contextlib.contextmanager
-def _as_deadline_exceeded(timeout_s: float) -> Iterator[None]:
-    try:
-        yield
-    except TimeoutError:
-        raise DeadlineExceeded(f"the request took longer than its {timeout_s:g} s") from None
+    def _load(self) -> router_pb2.RouterLoad:
+        dispatcher, metrics = self._parts.dispatcher, self._parts.metrics
+        ended = {code: number for (code,), number in totals(metrics.requests).items()}
+        return router_pb2.RouterLoad(
+            instance_id=self._config.instance_id,
+            boot_id=self._boot_id,
+            num_running_requests=self._generations.num_in_flight - len(dispatcher.queue),
+            num_queued_requests=len(dispatcher.queue),
+            num_queued_clients=dispatcher.queue.num_clients,
+            num_queued_tokens=dispatcher.queue.num_tokens,
+            num_held_requests=dispatcher.num_held,
+            ended_requests=ended,
+            num_turned_away_requests=sum(totals(metrics.turned_away).values()),
+        )
 
 
 def client_of(peer: str) -> str:
@@ -191,7 +171,7 @@ def _completion(completed: Completed) -> router_pb2.Completion:
     )
 
 
-def _worker(worker: Worker) -> router_pb2.Worker:
+def _worker(worker: Worker, now_s: float) -> router_pb2.Worker:
     identity, load = worker.identity, worker.load
     return router_pb2.Worker(
         role=_ROLES[worker.role],
@@ -207,6 +187,12 @@ def _worker(worker: Worker) -> router_pb2.Worker:
         num_pairs=worker.num_pairs,
         model_fingerprint=identity.model_fingerprint if identity else "",
         pressure=pressure_to_proto(load.pressure),
+        num_reserved=load.num_reserved,
+        num_waiting_tokens=load.num_waiting_tokens,
+        step_ms=load.step_ms,
+        num_output_tokens=worker.num_output_tokens,
+        num_prompt_tokens=worker.num_prompt_tokens,
+        told_s=0.0 if worker.heard_s is None else now_s - worker.heard_s,
     )
 
 

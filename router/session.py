@@ -6,7 +6,8 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from common.errors import PdserveError
+from common.errors import PdserveError, Unavailable
+from common.tracing import DECODE, NO_SPAN, Span
 from router.decode_stream import DecodeCompletion
 from router.dispatcher import Placement
 from router.failures import Failures
@@ -42,13 +43,15 @@ class Completed(NamedTuple):
 class Session:
     """Runs once. Cancelling `run` ends the work on every worker."""
 
-    def __init__(self, request: Request, parts: Parts) -> None:
+    def __init__(self, request: Request, parts: Parts, span: Span = NO_SPAN) -> None:
+        """`span`: what the request's parts are recorded under."""
         model = parts.fleet.model
         assert model is not None, "requests are held against a model"
         eos = frozenset() if request.stopping.ignore_eos else model.eos_token_ids
         self._request = request
         self._output = Output(request.stopping, eos.union(request.stopping.stop_token_ids), parts.tokenizer)
         self._parts = parts
+        self._span = span
         self._path = PathRecord()
         self._failures = Failures()
 
@@ -57,7 +60,8 @@ class Session:
 
         Raises the PdserveError that ends the request.
         """
-        placement = await self._parts.dispatcher.place(self._request)
+        with self._span.child("queue", start_s=self._request.arrival.received_s):
+            placement = await self._parts.dispatcher.place(self._request)
         queued_s = self._parts.clock() - self._request.arrival.received_s
         self._path.queue_ms = queued_s * 1e3
         self._parts.metrics.queue_s.observe(queued_s)
@@ -77,9 +81,10 @@ class Session:
     async def _serve(self, placement: Placement, meter: Meter, put_out: PutOut) -> DecodeCompletion:
         while True:
             self._path.begin_leg()
-            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures, meter)
+            call = self._span.call(DECODE, placement.worker.address)
+            leg = Leg(self._request, self._output, placement, self._parts, self._path, self._failures, meter, call)
             try:
-                with leg:
+                with call, leg:
                     return await self._follow(leg, put_out)
             except PdserveError as error:
                 await self._put_out_ready(put_out)
@@ -107,7 +112,7 @@ class Session:
         return True
 
     async def _place_elsewhere(self, placement: Placement, error: PdserveError) -> Placement:
-        """A decode worker to go on with. Raises `error` when there is none, or when going on cannot help."""
+        """A decode worker to go on with. Raises PdserveError when there is none, or when going on cannot help."""
         self._parts.fleet.heed(placement.worker, error)
         self._failures.add(error)
         self._failures.decode_workers[placement.worker] = placement.generation
@@ -119,12 +124,11 @@ class Session:
             kind=placement.identity.kind if has_begun else None,
             request_id=self._request.request_id,
         )
-        # A stream that has begun is worth waiting for a worker that comes back.
-        wait_s = self._parts.fleet.heartbeat_timeout_s if has_begun else 0.0
-        found = await self._parts.dispatcher.place_again(demand, self._failures, wait_s=wait_s)
-        if found is None:
-            raise error
+        # What a worker refuses before anything has come, is refused.
+        can_wait = has_begun or isinstance(error, Unavailable)
+        found = await self._parts.dispatcher.place_again(demand, self._failures, error, can_wait=can_wait)
         log.info("going on at another decode worker: %s", error, extra={"worker": found.worker.address})
+        self._span.event("going_on_elsewhere", cause=error.reason, has_begun=has_begun)
         if has_begun:
             self._path.num_resumptions += 1
             self._parts.metrics.resumptions.labels(cause=error.reason).inc()

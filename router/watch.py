@@ -25,6 +25,42 @@ _ROLE_NUMBERS = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.RO
 Noting = Callable[[Worker], AbstractContextManager[None]]
 
 
+class Silence:
+    """A context manager: tells once nothing was heard for so long.
+
+    Counted in quarters. While this process stands still (its cores are taken, its machine is paused) it hears nobody,
+    and what was said meanwhile is read afterwards: that is a quarter at most, whatever it took.
+    """
+
+    def __init__(self, after_s: float, tell: Callable[[], object]) -> None:
+        self.has_lasted = False
+        self._quarter_s = after_s / 4
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> Silence:
+        self._wait(4)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def broken(self) -> None:
+        """Something was heard."""
+        self._timer.cancel()
+        self._wait(4)
+
+    def _wait(self, num_quarters: int) -> None:
+        self._timer = self._loop.call_later(self._quarter_s, self._passed, num_quarters)
+
+    def _passed(self, num_quarters: int) -> None:
+        if num_quarters > 1:
+            self._wait(num_quarters - 1)
+        else:
+            self.has_lasted = True
+            self._tell()
+
+
 class Watch:
     """Keeps a `Worker` true from when it is made until `close`. Belongs to the event loop."""
 
@@ -80,28 +116,29 @@ class Watch:
         """Reads one load stream to its end, and says why it ended."""
         worker = self._worker
         call = stub.WatchLoad(self._request)
+        silence = Silence(self._heartbeat_timeout_s, call.cancel)
         try:
-            while True:
-                async with asyncio.timeout(self._heartbeat_timeout_s):
-                    message = await call.read()
-                if message is grpc.aio.EOF:
-                    return "it ended its load stream"
-                if message.HasField("identity"):
-                    if message.identity.role != _ROLE_NUMBERS[worker.role]:
-                        return f"it is {types_pb2.Role.Name(message.identity.role)}, configured as {worker.role.value}"
-                    worker.meet(_identity(message.identity), self._clock())
-                elif worker.identity is None:
-                    return "it did not say who it is"
-                with self._noting(worker):
-                    self._hear(message)
-        except TimeoutError:
-            return f"nothing was heard of it for {self._heartbeat_timeout_s:g} s"
+            with silence:
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    silence.broken()
+                    if message.HasField("identity"):
+                        if message.identity.role != _ROLE_NUMBERS[worker.role]:
+                            told = types_pb2.Role.Name(message.identity.role)
+                            return f"it is {told}, configured as {worker.role.value}"
+                        worker.meet(_identity(message.identity), self._clock())
+                    elif worker.identity is None:
+                        return "it did not say who it is"
+                    with self._noting(worker):
+                        self._hear(message)
+            return "it ended its load stream"
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
+            if silence.has_lasted:
+                return f"nothing was heard of it for {self._heartbeat_timeout_s:g} s"
             return "it cancelled its load stream"
         finally:
             call.cancel()
@@ -112,6 +149,8 @@ class Watch:
         load = Load(**{name: getattr(message, name) for name in Load._fields})
         load = load._replace(pressure=pressure_from_proto(message.pressure))
         self._worker.num_watchers = message.num_watchers
+        self._worker.num_output_tokens = message.num_output_tokens
+        self._worker.num_prompt_tokens = message.num_prompt_tokens
         self._worker.hear(state, load, message.num_pairs, self._clock())
 
 

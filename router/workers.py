@@ -94,6 +94,11 @@ class Worker:
         self.num_pairs = 0
         # Routers that watch it, this one among them.
         self.num_watchers = 0
+        # Drawn and computed there since it started.
+        self.num_output_tokens = 0
+        self.num_prompt_tokens = 0
+        # When it last told of its load.
+        self.heard_s: float | None = None
         # Grows each time the worker is met anew.
         self.generation = 0
         self.prefixes = PrefixIndex(0)
@@ -198,6 +203,7 @@ class Worker:
     def hear(self, state: WorkerState, load: Load, num_pairs: int, now_s: float) -> None:
         """A message of the load stream, SERVING or DRAINING."""
         assert self.identity is not None, "a worker is met before it is heard"
+        self.heard_s = now_s
         has_work = load.num_running or load.num_reserved or load.num_waiting
         if load.step_counter != self.load.step_counter or not has_work:
             self._stepped_s = now_s

@@ -37,14 +37,15 @@ AddServicers = Callable[[grpc.aio.Server], None]
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Callable[[AddServicers], Awaitable[str]]]:
-    """`address = await serve(add_servicers)`: a real server with the product's options, until the test ends."""
+async def serve() -> AsyncIterator[Callable[..., Awaitable[str]]]:
+    """`address = await serve(add_servicers)`: a real server with the product's options, until the test ends. On a free
+    port, or at the address that is given."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(add_servicers: AddServicers) -> str:
+        async def start(add_servicers: AddServicers, address: str = "127.0.0.1:0") -> str:
             server = rpc.create_server()
             add_servicers(server)
-            port = rpc.bind(server, "127.0.0.1:0")
+            port = rpc.bind(server, address)
             await server.start()
             stack.push_async_callback(server.stop, None)
             return f"127.0.0.1:{port}"

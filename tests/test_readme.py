@@ -1,12 +1,11 @@
-"""README and docs say what is so: links lead somewhere, commands parse, settings exist, examples run."""
+"""README and docs say what is so: links lead somewhere, commands parse, settings exist. test_commands.py runs them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,51 +16,33 @@ from common import errors
 from common.config import DecodeConfig, PrefillConfig, RouterConfig
 from common.engine.philox import gumbel_noise
 from pdserve import cli
-from tests.support.processes import ROOT, running_services
+from tests.support.pages import PAGES, README, blocks, prose
+from tests.support.pages import commands as shown_commands
+from tests.support.processes import ROOT
 
-README = ROOT / "README.md"
-PAGES = [README, ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = {"router": RouterConfig, "prefill_service": PrefillConfig, "decode_service": DecodeConfig}
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PLAIN_ADDRESS = "127.0.0.1:50051"
-PLAIN_DECODE_ADDRESS = "127.0.0.1:50053"
-
-
-def prose(page: Path) -> str:
-    return FENCE.sub("", page.read_text())
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return [body for name, body in FENCE.findall(page.read_text()) if name == language]
 
 
 def commands(first_word: str) -> Iterator[list[str]]:
     """The arguments of every command line in a console block or between backticks."""
-    for page in PAGES:
-        console = "".join(blocks(page, "console")).replace("\\\n", " ")
-        lines = [line[2:] for line in console.splitlines() if line.startswith("$ ")]
-        for line in [*lines, *re.findall(r"`([^`\n]+)`", prose(page))]:
-            command, _, rest = line.removeprefix(".venv/bin/").partition(" ")
-            if command == first_word and rest:
-                yield shlex.split(rest)
-
-
-@pytest.fixture(scope="module")
-def services():
-    with running_services() as running:
-        yield running
+    in_prose = [line for page in PAGES for line in re.findall(r"`([^`\n]+)`", prose(page))]
+    for line in [*(shown.text for shown in shown_commands()), *in_prose]:
+        command, _, rest = line.removeprefix(".venv/bin/").partition(" ")
+        if command == first_word and rest:
+            yield shlex.split(rest, comments=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_relative_link_leads_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if not target.startswith("http"):
+        if not target.startswith(("http://", "https://")):
             path, _, anchor = target.partition("#")
             linked = (page.parent / path).resolve() if path else page
             assert linked.exists(), target
             assert not anchor or anchor in anchors(linked), target
 
 
+@functools.cache
 def anchors(page: Path) -> set[str]:
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -113,29 +94,6 @@ def test_settings_in_the_table_have_the_defaults_that_it_shows():
 
 def text(default: object) -> str:
     return " ".join(default) if isinstance(default, tuple) else str(default).removeprefix(f"{ROOT}/")
-
-
-def test_the_example_with_stubs_runs(services):
-    (code,) = blocks(README, "python")
-    assert PLAIN_ADDRESS in code
-    code = code.replace(PLAIN_ADDRESS, services.router.address)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "bytes over gloo" in done.stdout
-
-
-def test_the_examples_with_grpcurl_are_answered(services):
-    buf = [Path(sys.executable).parent / "buf", "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
-    shown = list(commands("grpcurl"))
-    assert len(shown) >= 2
-    served = {PLAIN_ADDRESS: services.router.address, PLAIN_DECODE_ADDRESS: services.decode.address}
-    for plaintext, *arguments, address, method in shown:
-        assert plaintext == "-plaintext"
-        listing = ["--list-services"] if method == "list" else []
-        url = f"http://{served[address]}" + ("" if listing else f"/{method}")
-        done = subprocess.run([*buf, *listing, *arguments, url], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout
 
 
 def test_the_noise_on_the_page_about_sampling_is_the_services_noise():

@@ -57,6 +57,10 @@ class Tokenizer:
         """Token ids of `text`. `add_special_tokens` puts in what the model wants around a bare prompt (such as BOS)."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for; of a special token, which has no text, its name. Empty for an id without a token."""
+        return self._token_bytes[token_id] or (self._tokenizer.id_to_token(token_id) or "").encode()
+
     def detokenizer(self) -> Detokenizer:
         """A new stream of text, for one completion."""
         return Detokenizer(self._token_bytes)

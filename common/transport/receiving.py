@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from common.clock import Clock, monotonic
 from common.transport.checksum import checksum
 from common.transport.group import PairBroken, PairGroup, Transfer
 from common.transport.limits import transfer_timeout_s
@@ -87,6 +88,7 @@ class ReceivingPair:
         max_chunk_bytes: int,
         post: Callable[[FromDecode], None],
         on_end: Callable[[str], None],
+        clock: Clock = monotonic,
     ) -> None:
         """`post` puts a message on the control stream, `on_end` hears once why the pair ended; neither may block."""
         self.transport = group.transport
@@ -94,6 +96,8 @@ class ReceivingPair:
         self._sink = sink
         self._post = post
         self._on_end = on_end
+        self._clock = clock
+        self._last_used_s = clock()
         self._protocol = ReceivingProtocol(num_slots, max_chunk_bytes)
         self._steps: Serial[ReceivingAction] = Serial(threading.Condition(), self._perform)
         self._staging = StagingSlots(num_slots, max_chunk_bytes, group.receive_buffer)
@@ -110,8 +114,14 @@ class ReceivingPair:
     def ended(self) -> bool:
         return self._protocol.ended
 
+    @property
+    def idle_s(self) -> float:
+        """How long it has had no attempt; 0 while it has one."""
+        return 0.0 if self._protocol.has_attempts else self._clock() - self._last_used_s
+
     def handle(self, message: FromPrefill) -> None:
         """Takes a message from the control stream."""
+        self._last_used_s = self._clock()
         self._steps.run(lambda: self._protocol.handle(message))
 
     def reservation_gone(self, key: AttemptKey) -> None:
@@ -164,6 +174,7 @@ class ReceivingPair:
     def _committed(
         self, key: AttemptKey, status: TransferStatus, detail: str, still_read: torch.cuda.Event | None = None
     ) -> None:
+        self._last_used_s = self._clock()
         self._steps.run(lambda: self._protocol.committed(key, status, detail))
 
     def _transfer(self) -> None:

@@ -61,6 +61,11 @@ class ReceivingProtocol:
     def ended(self) -> bool:
         return bool(self._ended)
 
+    @property
+    def has_attempts(self) -> bool:
+        """One is open, or waits for its commit to be judged."""
+        return bool(self._attempts)
+
     def handle(self, message: FromPrefill) -> list[ReceivingAction]:
         if self._ended:
             return []

@@ -19,6 +19,8 @@ COMMANDS = {
     "explain": "say which workers a prompt would go to, or a request went to, and why",
     "stats": "show the attention/FFN pipeline of a decode worker",
     "drain": "take a worker out of service and wait for what it still works on",
+    "bench": "load routers and show latencies, throughput and goodput",
+    "top": "watch workers, queues, tokens per second and pipelines, live",
     "token": "draw a token for a client or an operator, and the line for the file of identities",
     "doctor": "say what works on this machine and what to do about the rest",
 }

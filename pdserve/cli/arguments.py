@@ -20,6 +20,18 @@ def address(text: str) -> str:
     return text
 
 
+def addresses(text: str) -> str:
+    """HOST:PORT of a service, or of several with commas in between."""
+    return ",".join(address(one.strip()) for one in text.split(","))
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """A finite time above 0."""
     try:
@@ -58,9 +70,16 @@ def access_of(args: argparse.Namespace) -> Access:
 def add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
-        type=address,
+        type=addresses,
         default="127.0.0.1:50051",
         metavar="HOST:PORT",
-        help="the router to ask (default: %(default)s)",
+        help="the router to ask, or several with commas in between (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=count,
+        default=0,
+        metavar="N",
+        help="wait and try again so often when none can serve or the queue is full (default: never)",
     )
     add_access(parser)

@@ -11,7 +11,7 @@ from rich.table import Table
 from pdserve.cli.arguments import access_of, add_router
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console, counted
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import Candidate, Placing, PrefillWay
 
 # What the router says where no prompt is too long.
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    async with Client(args.router, access=access_of(args)) as client:
+    async with AsyncClient(args.router, access=access_of(args), retries=args.retries) as client:
         if args.request is not None:
             explanation = await client.explain_request(args.request)
         else:
@@ -54,6 +54,9 @@ async def run(args: argparse.Namespace) -> int:
     if args.request is None and explanation.num_queued_requests:
         waiting = counted(explanation.num_queued_requests, "request")
         terminal.print(f"{waiting} would be in front of it in the queue", style="yellow")
+    if explanation.num_replacing_requests:
+        lost = counted(explanation.num_replacing_requests, "request")
+        terminal.print(f"{lost} without a decode worker: lost, and none to go on at", style="yellow")
     return 0
 
 

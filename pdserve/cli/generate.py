@@ -16,7 +16,7 @@ from pdserve.cli.arguments import access_of, add_router, seconds
 from pdserve.cli.failures import one_line
 from pdserve.cli.summary import Stopwatch, summary
 from pdserve.cli.terminal import console, counted
-from pdserve.client import GENERATE_TIMEOUT_S, Client
+from pdserve.client import GENERATE_TIMEOUT_S, AsyncClient
 from pdserve.request import Chat, Message, Options, Prompt
 from pdserve.results import Chunk, Completion
 
@@ -64,7 +64,7 @@ async def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
     )
-    async with Client(args.router, access=access_of(args)) as client:
+    async with AsyncClient(args.router, access=access_of(args), retries=args.retries) as client:
         if args.wait is not None:
             with console(stderr=True).status(Text(f"waiting for the router at {args.router}")):
                 await client.wait_until_ready(args.wait)

@@ -12,7 +12,7 @@ from rich.text import Text
 from pdserve.cli.arguments import access_of, add_router
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.results import Worker, Workers
 
 _STYLES = {"SERVING": "green", "DRAINING": "yellow", "UNREACHABLE": "bold red"}
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @one_line
 async def run(args: argparse.Namespace) -> int:
-    async with Client(args.router, access=access_of(args)) as client:
+    async with AsyncClient(args.router, access=access_of(args), retries=args.retries) as client:
         known = await client.list_workers()
     if args.json:
         print(json.dumps(dataclasses.asdict(known), ensure_ascii=False))

@@ -47,6 +47,16 @@ def test_what_is_counted_is_served_over_http(unused_address):
     Address.parse(unused_address).check_free()
 
 
+def test_what_is_counted_can_be_read_by_label():
+    router = metrics.RouterMetrics()
+    router.requests.labels(code="OK").inc(2)
+    router.requests.labels(code="CANCELLED").inc()
+    router.output_tokens.inc(7)
+    assert metrics.totals(router.requests) == {("OK",): 2, ("CANCELLED",): 1}
+    assert metrics.totals(router.output_tokens) == {(): 7}
+    assert metrics.totals(router.turned_away) == {}
+
+
 def test_an_empty_address_serves_nowhere():
     with metrics.exposed(metrics.RouterMetrics(), ""):
         pass

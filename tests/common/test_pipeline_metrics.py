@@ -4,6 +4,7 @@ from common.metrics import DecodeMetrics
 from common.pipeline_metrics import FAMILIES, LANES, PREFIX
 
 STATS = SimpleNamespace(
+    mode=SimpleNamespace(value="static"),
     active=True,
     fallback_reason="",
     num_steps=10,
@@ -42,6 +43,7 @@ def test_lanes_steps_and_quantiles_are_labels():
     assert value(metrics, "steps_total", how="sequential") == 3
     assert value(metrics, "stage_seconds", lane="ffn", quantile="0.99") == 0.068
     assert value(metrics, "active") == 1
+    assert value(metrics, "mode", mode="static") == 1
 
 
 def test_the_reason_of_sequential_steps_is_a_label_and_none_when_pipelined():

@@ -1,6 +1,7 @@
 """The front end of a worker: what it says of itself while it works, stands still and leaves."""
 
 import asyncio
+import contextlib
 
 import grpc
 import pytest
@@ -56,6 +57,16 @@ async def test_a_worker_tells_how_many_watch_it(front, serve, channel_to):
         call.cancel()
     await eventually(lambda: worker.num_watchers == 1)
     calls[0].cancel()
+
+
+async def test_what_changes_right_after_a_message_does_not_wait_for_the_heartbeat(front, monkeypatch):
+    monkeypatch.setattr("common.worker.HEARTBEAT_S", 3600.0)
+    worker, _ = front
+    async with contextlib.aclosing(worker.WatchLoad(worker_pb2.WatchLoadRequest(), None)) as messages:
+        for num_running in range(5):
+            worker.set_load(Load(num_running=num_running))
+            await asyncio.sleep(0)
+            assert (await asyncio.wait_for(anext(messages), 20)).num_running == num_running
 
 
 class Work:

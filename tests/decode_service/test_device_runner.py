@@ -74,13 +74,13 @@ def test_tokens_are_those_of_the_host_runner_however_requests_are_drawn():
 
 def test_preempted_sequences_go_on_where_they_were():
     params = [{}, {"temperature": 0.9, "seed": 5}]
-    prompts = [list(range(14)), list(range(40, 53))]
+    prompts = [list(range(8)), list(range(40, 48))]
 
     def made():
-        return [make_request(ids, max_tokens=20, **p) for ids, p in zip(prompts, params, strict=True)]
+        return [make_request(ids, max_tokens=11, **p) for ids, p in zip(prompts, params, strict=True)]
 
-    calm = device_engine().run_all(made())
-    tight = device_engine(num_blocks=4)
+    calm = device_engine(block_size=8).run_all(made())
+    tight = device_engine(num_blocks=4, block_size=8)
     assert tight.run_all(made()) == calm
     assert tight.scheduler.num_preemptions > 0
 

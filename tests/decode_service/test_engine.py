@@ -261,6 +261,7 @@ def test_a_lost_pair_asks_for_prefill_and_the_next_attempt_completes():
     engine.turn()
     (lost,) = engine.events(sequence, Lost)
     assert (lost.attempt, lost.preempted, lost.detail) == (1, False, "it died")
+    assert engine._metrics.registry.get_sample_value("pdserve_decode_attempts_lost_total") == 1
     engine.retry(sequence, 1, local=False)
     engine.turn()
     again = Remote(engine, sequence)

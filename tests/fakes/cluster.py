@@ -11,6 +11,7 @@ import grpc.aio
 from common import rpc
 from common.config import TINY_MODEL, RouterConfig
 from common.tokenization import Tokenizer
+from common.tracing import OFF, Tracer
 from pdserve.v1 import router_pb2, router_pb2_grpc
 from router.router import Router
 from tests.fakes.decode import FakeDecode
@@ -26,11 +27,12 @@ BY_NAME = {"prefill": (PREFILL_NAME,), "decode": (DECODE_NAME,), "resolve_s": 0.
 class FakeCluster:
     """`decode` and `prefill` are the first of each; tests give more, or set knobs, before `running` begins."""
 
-    def __init__(self, *, num_decode: int = 1, num_prefill: int = 1, **identity: object) -> None:
+    def __init__(self, *, num_decode: int = 1, num_prefill: int = 1, tracer: Tracer = OFF, **identity: object) -> None:
         self._decode_by_address: dict[str, FakeDecode] = {}
         self.decodes = [FakeDecode(**identity) for _ in range(num_decode)]
         self.prefills = [FakePrefill(self._decode_by_address, **identity) for _ in range(num_prefill)]
         self.names = FakeNames()
+        self._tracer = tracer
         self.tokenizer: Tokenizer | None = Tokenizer.load(TINY_MODEL)
         self.router: Router
         self.stub: router_pb2_grpc.RouterServiceStub
@@ -55,11 +57,12 @@ class FakeCluster:
                     "prefill": tuple(worker.address for worker in self.prefills) or ("127.0.0.1:1",),
                     "decode": tuple(worker.address for worker in self.decodes) or ("127.0.0.1:1",),
                     "heartbeat_timeout_s": 0.6,
+                    "replace_wait_s": 1.0,
                     "startup_grace_s": 0.0,
                     **config,
                 }
             )
-            self.router = Router(settings, self.tokenizer, look_up=self.names)
+            self.router = Router(settings, self.tokenizer, look_up=self.names, tracer=self._tracer)
             await stack.enter_async_context(self.router.running())
             server = rpc.create_server()
             self.router.add_to(server)

@@ -11,7 +11,7 @@ from tests.support.processes import Cluster, running_cluster
 from tests.support.streams import wait_until_free, wait_until_listed
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_of_each() -> Iterator[Cluster]:
     # In small chunks a prompt is long enough under way to be struck, and it has to be under way from prefill.
     with running_cluster(

@@ -24,7 +24,7 @@ def test_a_stream_goes_on_where_its_decode_worker_was_lost_and_no_token_differs(
     router = whole.routers[0]
     undisturbed = Stream(router, max_tokens=200, sampling=sampling).read()
     stream = Stream(router, max_tokens=200, sampling=sampling).read(20)
-    victim = whole.named(serving(router, types_pb2.ROLE_DECODE))
+    victim = whole.named(serving(stream, types_pb2.ROLE_DECODE))
     os.kill(victim.process.pid, fault)
     stream.read()
     if fault == signal.SIGSTOP:
@@ -42,7 +42,7 @@ def test_a_prompt_is_computed_elsewhere_where_its_prefill_worker_was_lost(whole,
     router = whole.routers[0]
     undisturbed = Stream(router, LONG_PROMPT[1:], max_tokens=20).read()
     stream = Stream(router, LONG_PROMPT[1:] + " ", max_tokens=1)
-    victim = whole.named(serving(router, types_pb2.ROLE_PREFILL))
+    victim = whole.named(serving(stream, types_pb2.ROLE_PREFILL))
     os.kill(victim.process.pid, fault)
     stream.read()
     again = Stream(router, LONG_PROMPT[1:], max_tokens=20).read()

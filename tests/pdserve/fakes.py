@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from common.health import Health
 from pdserve.v1 import (
@@ -128,17 +129,20 @@ EXPLANATION = router_pb2.ExplainResponse(
         ),
     ],
     num_queued_requests=2,
+    num_replacing_requests=1,
 )
 
 
 class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     """Records `requests` and `deadlines_s`; sets `hangs` when a call comes to a HANG and `left` when it ends there.
 
-    Not ready until `health` is told so.
+    The first calls fail with `failures`, one each. Not ready until `health` is told so. `workers` may be an error,
+    which ListWorkers raises.
     """
 
-    def __init__(self, script=SCRIPT, *, workers=WORKERS) -> None:
+    def __init__(self, script=SCRIPT, *, failures=(), workers=WORKERS) -> None:
         self.script = script
+        self.failures = list(failures)
         self.workers = workers
         self.requests: list[router_pb2.GenerateRequest] = []
         self.deadlines_s: list[float | None] = []
@@ -151,6 +155,7 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
     async def Generate(self, request, context):
         self.requests.append(request)
         self.deadlines_s.append(context.time_remaining())
+        self._fail()
         for step in self.script:
             if step is HANG:
                 self.hangs.set()
@@ -162,12 +167,19 @@ class FakeRouter(router_pb2_grpc.RouterServiceServicer):
                 raise step
             yield step
 
+    def _fail(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+
     async def GetModel(self, request, context):
+        self._fail()
         return router_pb2.GetModelResponse(
             model_id="tiny", context_length=2048, vocab_size=4096, has_tokenizer=True, model_fingerprints=["f"]
         )
 
     async def ListWorkers(self, request, context):
+        if isinstance(self.workers, Exception):
+            raise self.workers
         return self.workers
 
     async def Explain(self, request, context):
@@ -206,3 +218,46 @@ class FakeWorker(decode_pb2_grpc.DecodeServiceServicer, worker_pb2_grpc.WorkerSe
     def add_to(self, server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server)
+
+
+class TokenRouter(FakeRouter):
+    """Puts out as many tokens as are asked for, `per_message` at once. Every `error_every`th request ends with `error`
+    instead, and those after the first `hang_after` hang. Counts the requests that are open."""
+
+    def __init__(
+        self,
+        *,
+        per_message: int = 1,
+        error: Exception | None = None,
+        error_every: int = 0,
+        hang_after: float = math.inf,
+    ) -> None:
+        super().__init__()
+        self.hang_after = hang_after
+        self.per_message = per_message
+        self.error = error
+        self.error_every = error_every
+        self.num_open = 0
+        self.most_open = 0
+
+    async def Generate(self, request, context):
+        self.requests.append(request)
+        self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
+        try:
+            if len(self.requests) > self.hang_after:
+                self.hangs.set()
+                await asyncio.Event().wait()
+            if self.error is not None and len(self.requests) % self.error_every == 0:
+                raise self.error
+            left = request.stopping.max_tokens
+            while left:
+                number = min(left, self.per_message)
+                left -= number
+                yield chunk("", *range(number))
+            usage = router_pb2.Usage(
+                prompt_tokens=len(request.prompt_token_ids.ids) or 1, completion_tokens=request.stopping.max_tokens
+            )
+            yield completion(usage=usage)
+        finally:
+            self.num_open -= 1

@@ -10,7 +10,7 @@ from common.identities import gate_of, hash_of
 from common.settings import ConfigError
 from common.tls import server_credentials_of
 from pdserve.access import Access
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.worker_client import WorkerClient
 from tests.pdserve.fakes import FakeRouter, FakeWorker
 from tests.support.certificates import Authority
@@ -82,13 +82,13 @@ async def test_what_flags_leave_out_the_environment_says(guarded, authority, pds
     assert "UNAUTHENTICATED: Generate is for clients or operators: show a token" in stderr
     monkeypatch.setenv("PDSERVE_TOKEN", "token-of-alice")
     assert (await pdserve("generate", "--router", router, "Hi"))[0] == 0
-    async with Client(router) as client:
+    async with AsyncClient(router) as client:
         assert (await client.get_model()).model_id == "tiny"
 
 
 async def test_clients_take_their_access_as_an_argument(guarded, authority):
     access = Access(tls_ca=str(authority.ca), token="token-of-ops")
-    async with Client(await guarded(FakeRouter().add_to), access=access) as client:
+    async with AsyncClient(await guarded(FakeRouter().add_to), access=access) as client:
         assert len((await client.list_workers()).workers) == 2
     async with WorkerClient(await guarded(FakeWorker().add_to), access=access) as worker:
         assert (await worker.set_pipeline(mode="disabled")).num_steps == 64
@@ -97,7 +97,7 @@ async def test_clients_take_their_access_as_an_argument(guarded, authority):
 async def test_a_handshake_that_fails_says_why(guarded, tmp_path):
     router = await guarded(FakeRouter().add_to)
     access = Access(tls_ca=str(Authority(tmp_path / "other").ca))
-    async with Client(router, access=access) as client:
+    async with AsyncClient(router, access=access, retries=0) as client:
         with pytest.raises(errors.Unavailable, match="unable to get local issuer certificate"):
             await client.get_model()
 

@@ -158,7 +158,8 @@ async def test_an_explanation_names_the_chosen_worker_and_why_the_others_were_no
     assert lines[3].rstrip().endswith("it is draining")
     assert "decode computes the prompt: all users together wait less" in stdout
     assert "crossover 90 tokens" in stdout
-    assert lines[-1] == "2 requests would be in front of it in the queue"
+    assert lines[-2] == "2 requests would be in front of it in the queue"
+    assert lines[-1] == "1 request without a decode worker: lost, and none to go on at"
 
 
 async def test_a_request_is_explained_by_its_id(serve, pdserve):

@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from common import errors, rpc
-from pdserve.client import Client
+from pdserve.client import AsyncClient
 from pdserve.request import Chat, Message
 from pdserve.results import Chunk, Completion, Usage
 from pdserve.v1 import router_pb2, types_pb2
@@ -18,8 +18,8 @@ async def client_of(serve):
     """`client = await client_of(fake_router)`"""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def connect(router: FakeRouter) -> Client:
-            return await stack.enter_async_context(Client(await serve(router.add_to)))
+        async def connect(router: FakeRouter, **settings) -> AsyncClient:
+            return await stack.enter_async_context(AsyncClient(await serve(router.add_to), **settings))
 
         yield connect
 
@@ -146,7 +146,7 @@ async def test_every_error_of_the_router_is_its_own_class(client_of, leaf):
 
 
 async def test_an_address_where_nothing_listens_is_named(unused_address):
-    async with Client(unused_address) as client:
+    async with AsyncClient(unused_address, retries=0) as client:
         with pytest.raises(errors.Unavailable, match=rf"no connection to {unused_address}: .*refused") as caught:
             await client.get_model()
     assert caught.value.reason == "UNREACHABLE"
@@ -154,12 +154,12 @@ async def test_an_address_where_nothing_listens_is_named(unused_address):
 
 async def test_a_router_that_is_unavailable_itself_is_not_called_unreachable(client_of):
     with pytest.raises(errors.Unavailable, match=r"^no worker$") as caught:
-        await events_of(await client_of(FakeRouter([errors.Unavailable("no worker")])))
+        await events_of(await client_of(FakeRouter([errors.Unavailable("no worker")]), retries=0))
     assert caught.value.reason == "UNAVAILABLE"
 
 
 async def test_another_service_at_that_address_is_a_failed_precondition(serve):
-    async with Client(await serve(lambda server: None)) as client:
+    async with AsyncClient(await serve(lambda server: None)) as client:
         with pytest.raises(errors.FailedPrecondition, match="another service"):
             await client.get_model()
 
@@ -192,7 +192,7 @@ async def test_waiting_in_vain_for_a_router_that_is_up_says_so(client_of):
 
 
 async def test_waiting_in_vain_where_nothing_listens_says_so(unused_address):
-    async with Client(unused_address) as client:
+    async with AsyncClient(unused_address) as client:
         with pytest.raises(errors.Unavailable, match="nothing answered"):
             await client.wait_until_ready(0.2)
 
@@ -200,7 +200,7 @@ async def test_waiting_in_vain_where_nothing_listens_says_so(unused_address):
 async def test_waiting_starts_before_the_router_does(unused_address):
     router = FakeRouter()
     router.health.set_ready(True)
-    async with Client(unused_address) as client:
+    async with AsyncClient(unused_address) as client:
         waiting = asyncio.create_task(client.wait_until_ready(10))
         async with listening(unused_address, router.add_to):
             await asyncio.wait_for(waiting, 5)
@@ -211,3 +211,58 @@ async def test_events_are_values(client_of):
     second = await events_of(await client_of(FakeRouter()))
     assert first == second
     assert isinstance(first[-1], Completion)
+
+
+async def test_a_whole_completion_is_one_reply(client_of):
+    logprob = types_pb2.TokenLogprob(token_id=11, logprob=-0.5, rank=1)
+    first = router_pb2.GenerateResponse(
+        request_id="r-1", chunk=router_pb2.TokenChunk(token_ids=[11], text="Once ", logprobs=[logprob])
+    )
+    end = completion(finish_reason=types_pb2.FINISH_REASON_STOP, stop_token_id=2)
+    reply = await (await client_of(FakeRouter([first, chunk("upon", 12, 13), end]))).complete("Once", num_logprobs=0)
+    assert (reply.request_id, reply.text, reply.token_ids) == ("r-1", "Once upon", (11, 12, 13))
+    assert (reply.finish_reason, reply.stop_string, reply.stop_token_id) == ("STOP", None, 2)
+    assert (reply.logprobs, reply.prompt_logprobs) == (((11, -0.5, 1, ()),), ())
+    assert (reply.usage.prompt_tokens, reply.path.kv_path) == (4, "REMOTE")
+    assert (reply["text"], reply["token_ids"]) == (reply.text, reply.token_ids)
+    with pytest.raises(KeyError, match="txt"):
+        reply["txt"]
+
+
+async def test_a_conversation_is_messages_or_dictionaries(client_of):
+    router = FakeRouter()
+    client = await client_of(router)
+    turns = [Message("system", "Be brief."), {"role": "user", "content": "Hi"}]
+    reply = await client.chat(turns, template_kwargs={"enable_thinking": False}, max_tokens=3)
+    assert reply.text == "Once upon"
+    (request,) = router.requests
+    assert [(turn.role, turn.content) for turn in request.chat.messages] == [("system", "Be brief."), ("user", "Hi")]
+    assert dict(request.chat.template_kwargs) == {"enable_thinking": "false"}
+    assert request.stopping.max_tokens == 3
+
+
+async def test_a_message_without_its_fields_is_an_invalid_argument(client_of):
+    with pytest.raises(errors.InvalidArgument, match="chat"):
+        await (await client_of(FakeRouter())).chat([{"role": "user", "text": "Hi"}])
+
+
+async def test_leaving_the_loop_early_cancels_the_work(client_of):
+    router = FakeRouter([chunk("a", 1), HANG])
+    client = await client_of(router)
+    async for _ in client.generate("Once"):
+        break
+    await asyncio.wait_for(router.left.wait(), 5)
+
+
+async def test_cancelling_a_whole_completion_cancels_the_work(client_of):
+    router = FakeRouter([chunk("a", 1), HANG])
+    client = await client_of(router)
+    waiting = asyncio.create_task(client.complete("Once"))
+    await asyncio.wait_for(router.hangs.wait(), 5)
+    waiting.cancel()
+    await asyncio.wait_for(router.left.wait(), 5)
+
+
+async def test_a_client_that_was_never_used_closes():
+    async with AsyncClient() as client:
+        assert client.targets == ("127.0.0.1:50051",)

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from common.clock import Clock, FakeClock, monotonic
 from common.config import DecodeConfig, PrefillConfig
-from common.errors import FailedPrecondition, Unavailable
+from common.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from common.transport.messages import AttemptKey, Commit, TransferStatus
 from decode_service.pairs import PairServer
 from pdserve.v1 import decode_pb2, decode_pb2_grpc
@@ -36,9 +37,9 @@ A = AttemptKey(7, 1)
 class Side:
     """A decode worker as far as pairs go."""
 
-    def __init__(self, **config) -> None:
+    def __init__(self, clock: Clock = monotonic, **config) -> None:
         self.engine = FakeEngine(small_cache())
-        self.pairs = PairServer(DECODE, self.engine, DecodeConfig(**config), transports=GLOO)
+        self.pairs = PairServer(DECODE, self.engine, DecodeConfig(**config), transports=GLOO, clock=clock)
         self.engine.on_gone = self.pairs.reservation_gone
         self.endpoint = ""
 
@@ -47,8 +48,8 @@ class Side:
 async def start_decode(serve) -> AsyncIterator:
     sides = []
 
-    async def start(**config) -> Side:
-        side = Side(**config)
+    async def start(clock: Clock = monotonic, **config) -> Side:
+        side = Side(clock, **config)
         side.endpoint = await serve(
             lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(PairServicer(side.pairs), server)
         )
@@ -65,8 +66,9 @@ async def start_decode(serve) -> AsyncIterator:
 async def make_registry() -> AsyncIterator:
     registries = []
 
-    def make(identity=PREFILL, **config) -> PairRegistry:
-        registries.append(PairRegistry(identity, small_cache(random=True), PrefillConfig(**config), transports=GLOO))
+    def make(identity=PREFILL, clock: Clock = monotonic, **config) -> PairRegistry:
+        cache, settings = small_cache(random=True), PrefillConfig(**config)
+        registries.append(PairRegistry(identity, cache, settings, transports=GLOO, clock=clock))
         return registries[-1]
 
     yield make
@@ -214,6 +216,77 @@ async def test_an_idle_pair_is_closed_and_a_busy_one_is_not(start_decode, make_r
     await until_async(lambda: registry.num_pairs == decode.pairs.num_pairs == 0)
     assert decode.engine.heard[-1] == ("lost", "idle for 0.1 s")
     assert outcomes.wait(A).detail == "abandoned by prefill"
+
+
+async def test_one_pair_too_many_ends_the_one_unused_for_longest_at_prefill(start_decode, make_registry) -> None:
+    decodes, clock = [await start_decode() for _ in range(3)], FakeClock()
+    registry = make_registry(max_pairs=2, clock=clock)
+    pairs = []
+    for decode in decodes:
+        assert (await ship_one(registry, decode))[0] is TransferStatus.OK
+        pairs.append(await registry.acquire(decode.endpoint, timeout_s=WAIT_S))
+        clock.now_s += 2.0
+    assert [pair.ended for pair in pairs] == [True, False, False]
+    assert registry.num_pairs == 2
+    await until_async(lambda: decodes[0].pairs.num_pairs == 0)
+    assert "max_pairs" in decodes[0].engine.heard[-1][1]
+    assert (await ship_one(registry, decodes[0], AttemptKey(7, 2)))[0] is TransferStatus.OK
+    assert [pair.ended for pair in pairs] == [True, True, False]
+
+
+async def test_prefill_refuses_a_pair_while_all_it_may_hold_are_in_use(start_decode, make_registry) -> None:
+    decodes, clock = [await start_decode() for _ in range(2)], FakeClock()
+    registry = make_registry(max_pairs=1, clock=clock)
+    pair = await registry.acquire(decodes[0].endpoint, timeout_s=WAIT_S)
+    decodes[0].engine.reservations[7] = FakeReservation(1, [0])
+    outcomes = Outcomes()
+    attempt = pair.begin(A, outcomes.of(A))
+    clock.now_s += 60.0
+    with pytest.raises(ResourceExhausted, match=r"holds 1 pairs \(max_pairs\), and each is in use") as caught:
+        await registry.acquire(decodes[1].endpoint, timeout_s=WAIT_S)
+    assert caught.value.reason == "PAIR_LIMIT"
+    attempt.abandon()
+    outcomes.wait(A)
+    clock.now_s += 2.0
+    assert (await ship_one(registry, decodes[1]))[0] is TransferStatus.OK
+    assert pair.ended
+
+
+async def test_one_pair_too_many_ends_the_one_unused_for_longest_at_decode(start_decode, make_registry) -> None:
+    clock = FakeClock()
+    decode = await start_decode(clock, max_pairs=2)
+    registries = [make_registry(dataclasses.replace(PREFILL, worker=f"prefill-{number}")) for number in range(3)]
+    pairs = []
+    for number, registry in enumerate(registries):
+        assert (await ship_one(registry, decode, AttemptKey(number, 1)))[0] is TransferStatus.OK
+        pairs.append(await registry.acquire(decode.endpoint, timeout_s=WAIT_S))
+        clock.now_s += 2.0
+    await until_async(lambda: [pair.ended for pair in pairs] == [True, False, False])
+    await until_async(lambda: decode.pairs.num_pairs == 2)
+
+
+async def test_decode_refuses_a_pair_while_all_it_may_hold_are_in_use(start_decode, make_registry) -> None:
+    clock = FakeClock()
+    decode = await start_decode(clock, max_pairs=1)
+    first, second = make_registry(), make_registry(dataclasses.replace(PREFILL, worker="prefill-1"))
+    pair = await first.acquire(decode.endpoint, timeout_s=WAIT_S)
+    decode.engine.reservations[7] = FakeReservation(1, [0])
+    outcomes = Outcomes()
+    pair.begin(A, outcomes.of(A))
+    await until_async(lambda: decode.engine.heard)
+    clock.now_s += 60.0
+    with pytest.raises(ResourceExhausted, match="max_pairs") as caught:
+        await second.acquire(decode.endpoint, timeout_s=WAIT_S)
+    assert caught.value.reason == "PAIR_LIMIT"
+    assert not pair.ended
+    assert decode.pairs.num_pairs == 1
+
+
+async def test_a_worker_that_connects_again_needs_no_room(start_decode, make_registry) -> None:
+    decode = await start_decode(max_pairs=1)
+    old = await make_registry().acquire(decode.endpoint, timeout_s=WAIT_S)
+    assert (await ship_one(make_registry(), decode))[0] is TransferStatus.OK
+    await until_async(lambda: old.ended)
 
 
 @pytest.mark.promise(8)

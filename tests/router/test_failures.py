@@ -7,8 +7,8 @@ import pytest
 
 from common import errors
 from common.errors import from_rpc_error
-from pdserve.v1 import decode_pb2, types_pb2
-from tests.fakes.cluster import FakeCluster, Reply, eventually
+from pdserve.v1 import decode_pb2, router_pb2, types_pb2
+from tests.fakes.cluster import FakeCluster, Reply, eventually, generate_request
 
 PREEMPTED = decode_pb2.PREFILL_NEEDED_REASON_PREEMPTED
 PAIR_LOST = decode_pb2.PREFILL_NEEDED_REASON_PAIR_LOST
@@ -27,6 +27,21 @@ async def _idle(cluster: FakeCluster) -> None:
     await eventually(lambda: not any(worker.num_active for worker in [*cluster.decodes, *cluster.prefills]))
     for worker in cluster.router.fleet.workers:
         assert (worker._num_seqs, worker._num_blocks, worker._num_uncounted_blocks, worker._num_tokens) == (0, 0, 0, 0)
+
+
+async def _running(cluster: FakeCluster, **fields) -> tuple[grpc.aio.UnaryStreamCall, Reply]:
+    """A stream of ten tokens, of which four have come; the rest does when its worker may go on."""
+    cluster.decode.go.clear()
+    cluster.decode.pause_at = 4
+    call, reply = cluster.start(max_tokens=10, **fields), Reply()
+    while len(reply.token_ids) < 4:
+        reply.add(await call.read())
+    return call, reply
+
+
+async def _rest(call: grpc.aio.UnaryStreamCall, reply: Reply) -> None:
+    while reply.completion is None:
+        reply.add(await call.read())
 
 
 # Prefill fails.
@@ -123,7 +138,8 @@ async def test_without_prefill_workers_decode_prefills_until_one_comes():
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_LOCAL
         assert cluster.decode.opened[0].local_prefill
         await cluster.prefill.restart()
-        await eventually(lambda: not cluster.router.fleet.is_degraded)
+        # Not that it is not degraded: it is not either while the decode worker is missed.
+        await eventually(lambda: cluster.num_serving == 2)
         assert (await cluster.generate(max_tokens=1)).completion.path.kv_path == types_pb2.KV_PATH_REMOTE
 
 
@@ -267,18 +283,64 @@ async def test_a_stream_resumes_at_a_worker_of_the_same_fingerprint_alone():
 
 async def test_a_stream_waits_a_moment_for_its_only_worker_to_come_back():
     async with FakeCluster().running() as cluster:
-        cluster.decode.go.clear()
-        cluster.decode.pause_at = 4
-        call = cluster.start(max_tokens=10)
-        reply = Reply()
-        while len(reply.token_ids) < 4:
-            reply.add(await call.read())
+        call, reply = await _running(cluster)
         cluster.decode.go.set()
         await cluster.decode.restart()
-        while reply.completion is None:
-            reply.add(await call.read())
+        await _rest(call, reply)
         assert reply.token_ids == SCRIPT
         assert reply.completion.path.num_resumptions == 1
+
+
+async def test_a_stream_waits_for_its_only_worker_for_longer_than_it_takes_to_miss_it():
+    async with FakeCluster().running(heartbeat_timeout_s=0.55, replace_wait_s=60.0) as cluster:
+        call, reply = await _running(cluster)
+        await cluster.decode.kill()
+        await eventually(lambda: cluster.router.parts.dispatcher.num_replacing)
+        explained = await cluster.stub.Explain(router_pb2.ExplainRequest(prompt=generate_request()))
+        assert explained.num_replacing_requests == 1
+        # Longer than it would wait if nobody were away.
+        await asyncio.sleep(2 * cluster.router.fleet.heartbeat_timeout_s)
+        cluster.decode.go.set()
+        await cluster.decode.restart()
+        await _rest(call, reply)
+        assert (reply.token_ids, reply.completion.path.num_resumptions) == (SCRIPT, 1)
+        assert not cluster.router.parts.dispatcher.num_replacing
+
+
+async def test_a_request_that_has_not_begun_waits_for_the_only_worker_as_well():
+    async with FakeCluster().running(replace_wait_s=60.0) as cluster:
+        cluster.prefill.may_commit.clear()
+        call = cluster.start(max_tokens=10)
+        await eventually(lambda: cluster.prefill.requests)
+        await cluster.decode.kill()
+        await eventually(lambda: cluster.router.parts.dispatcher.num_replacing)
+        cluster.prefill.may_commit.set()
+        await cluster.decode.restart()
+        reply = await Reply.of(call)
+        assert (reply.token_ids, reply.completion.path.num_resumptions) == (SCRIPT, 0)
+
+
+async def test_a_stream_that_finds_no_place_says_for_how_long_it_waited_and_for_whom():
+    async with FakeCluster().running(replace_wait_s=0.2) as cluster:
+        call, reply = await _running(cluster)
+        await cluster.decode.kill()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _rest(call, reply)
+        error = from_rpc_error(caught.value)
+        assert isinstance(error, errors.Unavailable)
+        assert "(replace_wait_s = 0.2)" in error.message
+        assert f"{cluster.decode.address} is unreachable" in error.message
+        await _idle(cluster)
+
+
+async def test_a_stream_waits_for_its_only_worker_no_longer_than_its_deadline():
+    async with FakeCluster().running(replace_wait_s=60.0) as cluster:
+        call, reply = await _running(cluster, timeout=1.0)
+        await cluster.decode.kill()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _rest(call, reply)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await eventually(lambda: not cluster.router.parts.dispatcher.num_replacing)
 
 
 @pytest.mark.parametrize("fault", ["is_silent", "is_wedged"])

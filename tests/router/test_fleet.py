@@ -1,5 +1,7 @@
 """What a router sees of its workers, and tells of them."""
 
+import time
+
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -45,6 +47,28 @@ async def test_workers_are_listed_as_they_tell(cluster):
     assert told == (700, 50, 3, 2, 1)
 
 
+async def test_what_a_worker_has_counted_is_listed_with_its_age(cluster):
+    cluster.decode.tell_load(num_output_tokens=2**33, num_prompt_tokens=40, step_ms=2.5, num_reserved=3)
+    await eventually(lambda: _decode(cluster).num_output_tokens == 2**33)
+    _, decode = await _listed(cluster)
+    assert (decode.num_prompt_tokens, decode.step_ms, decode.num_reserved) == (40, 2.5, 3)
+    assert 0 <= decode.told_s < 0.6, "a worker that tells nothing for longer is lost"
+
+
+async def test_a_router_lists_what_it_has_to_do_itself(cluster):
+    await cluster.generate("Once", max_tokens=2)
+    cluster.decode.tell_load(num_running=64)
+    await eventually(lambda: not _decode(cluster).has_place)
+    waiting = cluster.start([5, 6, 7], max_tokens=2)
+    await eventually(lambda: len(cluster.router.parts.dispatcher.queue) == 1)
+    load = (await cluster.stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5)).load
+    waiting.cancel()
+    assert (load.num_queued_requests, load.num_queued_clients, load.num_queued_tokens) == (1, 1, 3)
+    assert (load.num_running_requests, dict(load.ended_requests)) == (0, {"OK": 1})
+    assert load.boot_id
+    assert load.instance_id
+
+
 async def test_the_model_is_described_as_the_workers_tell(cluster):
     model = await cluster.stub.GetModel(router_pb2.GetModelRequest(), timeout=5)
     assert (model.model_id, model.context_length, model.vocab_size) == ("tiny", 2048, 2048)
@@ -59,6 +83,14 @@ async def test_a_silent_worker_is_unreachable_until_it_speaks(cluster):
     assert "nothing was heard of it for 0.6 s" in _decode(cluster).reason
     cluster.decode.is_silent = False
     await _is(cluster, SERVING)
+
+
+async def test_a_router_that_stood_still_itself_misses_nobody(cluster):
+    generation, step = _decode(cluster).generation, _decode(cluster).load.step_counter
+    # Nothing is read for longer than a silence may last.
+    time.sleep(2 * cluster.router.fleet.heartbeat_timeout_s)  # noqa: ASYNC251
+    await eventually(lambda: _decode(cluster).load.step_counter > step + 10)
+    assert _decode(cluster).generation == generation
 
 
 @pytest.mark.promise(6)

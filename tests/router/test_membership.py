@@ -85,6 +85,9 @@ async def test_workers_come_and_go_under_traffic_and_no_request_is_lost():
                 assert (await cluster.generate([1, 2, 3], max_tokens=10)).token_ids == SCRIPT
                 num_done += 1
 
+        def all_have_worked() -> bool:
+            return all(one.opened for one in cluster.decodes) and all(one.requests for one in cluster.prefills)
+
         async def replace_all() -> None:
             for old, add in [(one, cluster.add_decode) for one in cluster.decodes] + [
                 (one, cluster.add_prefill) for one in cluster.prefills
@@ -100,9 +103,9 @@ async def test_workers_come_and_go_under_traffic_and_no_request_is_lost():
         async with asyncio.TaskGroup() as tasks:
             for _ in range(8):
                 tasks.create_task(client())
+            await eventually(all_have_worked)
             await replace_all()
-            await eventually(lambda: all(worker.opened for worker in cluster.decodes))
-            await eventually(lambda: all(worker.requests for worker in cluster.prefills))
+            await eventually(all_have_worked)
             is_over.set()
 
 

@@ -221,7 +221,8 @@ async def test_a_prompt_that_no_worker_can_hold_is_answered_by_decode_itself():
 async def test_without_a_decode_worker_requests_are_turned_away_at_once():
     async with FakeCluster().running() as cluster:
         await cluster.decode.kill()
-        await eventually(lambda: not cluster.router.fleet.can_serve)
+        dispatcher, fleet = cluster.router.parts.dispatcher, cluster.router.fleet
+        await eventually(lambda: dispatcher.stranded_s >= fleet.heartbeat_timeout_s)
         error = await _error(cluster.start())
         assert isinstance(error, errors.Unavailable)
         assert error.reason == "NO_WORKER"
@@ -247,6 +248,26 @@ async def test_what_waits_while_the_decode_worker_restarts_is_served():
         await cluster.decode.restart()
         await Reply.of(second)
         first.cancel()
+
+
+async def test_what_comes_in_the_moment_in_which_nobody_serves_waits_for_it_to_pass():
+    async with FakeCluster().running(heartbeat_timeout_s=30.0, replace_wait_s=30.0) as cluster:
+        await cluster.decode.kill()
+        await eventually(lambda: not cluster.router.fleet.can_serve)
+        call = cluster.start(max_tokens=1)
+        await _in_queue(cluster, 1)
+        await cluster.decode.restart()
+        assert len((await Reply.of(call)).token_ids) == 1
+
+
+async def test_what_changes_in_one_turn_is_one_search_for_a_place(monkeypatch):
+    async with FakeCluster().running() as cluster:
+        dispatcher, searches = cluster.router.parts.dispatcher, []
+        monkeypatch.setattr(dispatcher, "_place_waiting", lambda: searches.append(None))
+        for _ in range(1000):
+            dispatcher.wake()
+        await eventually(lambda: searches)
+        assert len(searches) < 10
 
 
 async def test_requests_go_where_there_is_room():

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from common.errors import Unavailable, from_rpc_error
 from pdserve.v1 import router_pb2, router_pb2_grpc
 from tests.fakes.cluster import FakeCluster, Reply, eventually
 
@@ -59,3 +60,18 @@ async def test_a_drain_finishes_what_runs_and_takes_nothing_new():
         cluster.decode.go.set()
         assert len((await Reply.of(call)).token_ids) == 3
         await asyncio.wait_for(drain, 10)
+
+
+async def test_a_drain_ends_what_has_not_ended_in_its_time_and_says_so():
+    async with FakeCluster().running(drain_s=0.05) as cluster:
+        cluster.decode.go.clear()
+        calls = [cluster.start(max_tokens=3) for _ in range(3)]
+        await eventually(lambda: cluster.decode.num_active == 3)
+        await asyncio.wait_for(cluster.router.drain(), 10)
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await Reply.of(call)
+            error = from_rpc_error(caught.value)
+            assert (type(error), error.reason) == (Unavailable, "DRAIN_DEADLINE")
+            assert "0.05 s after it was told to (drain_s)" in error.message
+        await eventually(lambda: not cluster.decode.num_active)

@@ -87,3 +87,23 @@ async def test_retries_and_resumptions_are_counted_by_cause(cluster):
     await cluster.generate(max_tokens=3)
     assert _value(cluster, "retries_total", cause="PREEMPTED") == 1
     assert _value(cluster, "resumptions_total", cause="PREEMPTED") == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_good"),
+    [({}, 1), ({"goodput_first_token_ms": 0.001}, 0), ({"goodput_inter_token_ms": 0.0001}, 0)],
+)
+async def test_a_completion_is_good_within_both_limits(limits, num_good):
+    async with FakeCluster().running(**limits) as cluster:
+        # The second token is not to come with the first.
+        cluster.decode.pause_at = 1
+        cluster.decode.go.clear()
+        async for _ in cluster.start(max_tokens=3):
+            cluster.decode.go.set()
+        assert _value(cluster, "good_requests_total") == num_good
+
+
+async def test_a_failure_is_never_good(cluster):
+    with pytest.raises(grpc.aio.AioRpcError):
+        await cluster.generate(max_tokens=0)
+    assert _value(cluster, "good_requests_total") == 0

@@ -14,6 +14,7 @@ from common.engine.setup import build
 from common.identities import gate_of
 from common.tls import Tls, server_credentials_of
 from common.tokenization import Tokenizer
+from common.tracing import OFF, Tracer
 from decode_service.worker import DecodeWorker
 from pdserve.v1 import decode_pb2_grpc, prefill_pb2_grpc, router_pb2_grpc
 from prefill_service.worker import PrefillWorker
@@ -58,9 +59,13 @@ class Served:
         await self.worker.stop()
 
 
-async def serve_worker(config: PrefillConfig | DecodeConfig, tls: Tls | None = None) -> Served:
+async def serve_worker(config: PrefillConfig | DecodeConfig, tls: Tls | None = None, tracer: Tracer = OFF) -> Served:
     parts = await asyncio.to_thread(build, config)
-    worker = PrefillWorker(config, parts) if isinstance(config, PrefillConfig) else DecodeWorker(config, parts)
+    worker: Worker
+    if isinstance(config, PrefillConfig):
+        worker = PrefillWorker(config, parts, tracer=tracer)
+    else:
+        worker = DecodeWorker(config, parts, tracer=tracer)
     await asyncio.to_thread(worker.prepare)
     served = Served(worker, config)
     await served.listen()
@@ -79,11 +84,13 @@ class RealCluster:
         num_decode: int = 1,
         model: str = TINY_MODEL,
         tls: Tls | None = None,
+        tracer: Tracer = OFF,
         **settings: object,
     ) -> None:
         """`settings` go to all workers; those named prefill_… or decode_… to that kind alone. `tls` is what the tests
         dial with."""
         self.tls = tls
+        self._tracer = tracer
         self._num = {PrefillConfig: num_prefill, DecodeConfig: num_decode}
         self._settings = {"num_blocks": 512, "num_threads": 1, "model": model, **WORKER_SETTINGS, **settings}
         self._model = model
@@ -106,7 +113,7 @@ class RealCluster:
         async with contextlib.AsyncExitStack() as stack:
             for kind, served in ((PrefillConfig, self.prefills), (DecodeConfig, self.decodes)):
                 for index in range(self._num[kind]):
-                    one = await serve_worker(self._config(kind, index), self.tls)
+                    one = await serve_worker(self._config(kind, index), self.tls, self._tracer)
                     stack.push_async_callback(one.stop)
                     served.append(one)
             config = RouterConfig(
@@ -116,7 +123,7 @@ class RealCluster:
                 # Where a prompt is computed is not to depend on what was measured of this machine.
                 **{"local_prefill": "never", **router_settings},
             )
-            self.router = Router(config, Tokenizer.load(self._model))
+            self.router = Router(config, Tokenizer.load(self._model), tracer=self._tracer)
             await stack.enter_async_context(self.router.running())
             server = rpc.create_server(gate=gate_of(config))
             self.router.add_to(server)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterable
 
 import grpc
@@ -24,7 +25,10 @@ class Stream:
     ) -> None:
         # With keepalive, as pdserve's own client: without, a client whose link was cut waits for its deadline.
         self._channel = grpc.insecure_channel(router.address, options=CHANNEL_OPTIONS)
-        request = router_pb2.GenerateRequest(prompt=prompt, sampling=sampling, cache_salt=cache_salt)
+        self.router, self.request_id = router, str(uuid.uuid4())
+        request = router_pb2.GenerateRequest(
+            request_id=self.request_id, prompt=prompt, sampling=sampling, cache_salt=cache_salt
+        )
         request.stopping.max_tokens = max_tokens
         request.stopping.ignore_eos = True
         self._call = router_pb2_grpc.RouterServiceStub(self._channel).Generate(request, timeout=60)
@@ -52,15 +56,29 @@ class Stream:
         self._channel.close()
 
 
-def serving(router: Service, role: int) -> str:
-    """The one worker of that role that has something to do, by its instance id."""
-    with grpc.insecure_channel(router.address) as channel:
+def serving(stream: Stream, role: int) -> str:
+    """The instance id of the worker of that role that was chosen for the stream, once it has something to do."""
+    with grpc.insecure_channel(stream.router.address) as channel:
         stub = router_pb2_grpc.RouterServiceStub(channel)
-        while True:
+        deadline_s = time.monotonic() + SETTLE_S
+        while time.monotonic() < deadline_s:
+            chosen = _chosen(stub, stream.request_id, role)
             workers = stub.ListWorkers(router_pb2.ListWorkersRequest(), timeout=5).workers
             for worker in workers:
-                if worker.role == role and worker.num_running:
+                if worker.address == chosen and worker.num_running:
                     return worker.instance_id
+        raise AssertionError(f"no worker of role {role} works on {stream.request_id}")
+
+
+def _chosen(stub: router_pb2_grpc.RouterServiceStub, request_id: str, role: int) -> str:
+    """Address of the worker; empty while none is chosen."""
+    try:
+        placings = stub.Explain(router_pb2.ExplainRequest(request_id=request_id), timeout=5).placings
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.NOT_FOUND:
+            raise
+        return ""
+    return next((placing.chosen for placing in reversed(placings) if placing.role == role), "")
 
 
 def wait_until_listed(router: Service, workers: list[Service], state: int) -> None:
