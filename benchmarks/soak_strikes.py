@@ -41,13 +41,14 @@ Blow = tuple[str, str]
 
 @dataclass(eq=False)
 class Strike:
-    """`healed_s` is when the victim served again."""
+    """`gone_s` is when the machine had ended a killed process, `healed_s` when the victim served again."""
 
     kind: str
     role: str
     address: str
     at_s: float
     healed_s: float | None = None
+    gone_s: float | None = None
 
 
 class Striker:
@@ -126,7 +127,9 @@ class Striker:
                     door.struck_s = time.time()
                 strike.at_s = time.time()
                 victim.process.kill()
-                await asyncio.to_thread(victim.kill)
+                await asyncio.to_thread(os.waitid, os.P_PID, victim.process.pid, os.WEXITED | os.WNOWAIT)
+                strike.gone_s = time.time()
+                victim.process.wait()
                 await asyncio.sleep(self._draw.uniform(0.5, RESTART_S - 0.5))
                 victim.start()
             case "restart":

@@ -74,6 +74,11 @@ def requests(asked: Sequence[Asked], strikes: Sequence[Strike]) -> list[Row]:
 def detection(strikes: Sequence[Strike], told: Sequence[Noticed], routers: Sequence[str]) -> list[Row]:
     """Until the last of the routers that were there had noticed; never is infinitely late."""
     rows = []
+    gone_ms = [(strike.gone_s - strike.at_s) * 1e3 for strike in strikes if strike.gone_s and strike.role != "router"]
+    if gone_ms:
+        # Nobody can notice much earlier: its connections are closed as it ends.
+        rows.append(Row("a killed worker's process has ended, ms, median", statistics.median(gone_ms)))
+        rows.append(Row(f"a killed worker's process has ended, ms, the latest of {len(gone_ms)}", max(gone_ms)))
     for kind in ("kill", "stop", "cut"):
         taken_ms = []
         for strike in strikes:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # How often the queue is searched for requests that are late.
 SWEEP_S = 0.05
 # Finding out that nobody has room takes a millisecond among a thousand workers, which tell of a change a thousand times
-# a second: at most this share of the router's time goes into it.
+# a second: at most this share of the router's time goes into searches in vain.
 DISPATCH_SHARE = 0.2
 
 
@@ -163,11 +163,13 @@ class Dispatcher:
         begun_s = self._clock()
         self._changed.set()
         self._changed = asyncio.Event()
-        self._place_waiting()
+        has_placed = self._place_waiting()
         ended_s = self._clock()
-        self._not_before_s = ended_s + (ended_s - begun_s) * (1 / DISPATCH_SHARE - 1)
+        self._not_before_s = 0.0 if has_placed else ended_s + (ended_s - begun_s) * (1 / DISPATCH_SHARE - 1)
 
-    def _place_waiting(self) -> None:
+    def _place_waiting(self) -> bool:
+        """Whether anybody had room."""
+        has_placed = False
         while (ticket := self.queue.head) is not None:
             waiting = self._waiting[ticket]
             if waiting.placed.cancelled():
@@ -176,9 +178,11 @@ class Dispatcher:
             placement = self._place_now(waiting.demand)
             if placement is None:
                 break
+            has_placed = True
             self.queue.take(ticket)
             waiting.placed.set_result(placement)
         self._note_hold()
+        return has_placed
 
     @property
     def _patience_s(self) -> float:

@@ -67,6 +67,8 @@ def test_a_kill_is_noticed_when_the_last_router_that_was_there_has():
     told = [Noticed("r-0", "d-0", 100.05), Noticed("r-1", "d-0", 100.1), Noticed("r-1", "d-1", 103.0)]
     assert soak_verdict.detection([kill], told, ["r-0", "r-1"])[-1].measured == pytest.approx(100.0)
     assert soak_verdict.detection([kill], told[:1], ["r-0", "r-1"])[-1].measured == math.inf
+    kill.gone_s = 100.08
+    assert soak_verdict.detection([kill], told, ["r-0"])[0].measured == pytest.approx(80.0)
     away = Strike("restart", "router", "r-1", 95.0, 104.0)
     assert soak_verdict.detection([kill, away], told[:1], ["r-0", "r-1"])[-1].measured == pytest.approx(50.0)
 
