@@ -135,7 +135,8 @@ def test_a_router_has_time_to_be_left_and_to_finish(manifests):
     container, config = manifests.container("router"), configuration(manifests, "router")
     # gRPC makes the age of each connection a tenth longer or shorter.
     assert prestop_s(container) >= ENDPOINT_S + 1.1 * config.max_connection_age_s > ENDPOINT_S
-    assert container.pod["terminationGracePeriodSeconds"] >= prestop_s(container) + config.max_request_s + 20
+    assert container.pod["terminationGracePeriodSeconds"] >= prestop_s(container) + config.drain_s + 20
+    assert config.drain_s >= config.max_request_s
 
 
 def test_an_update_leaves_no_role_empty_and_goes_on_when_routers_know_the_new_worker(manifests):
