@@ -42,6 +42,7 @@ def test_without_a_gpu_auto_says_why_it_is_sequential(capsys):
     assert "profiling_cost=" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_a_static_split_is_measured_beside_auto(tmp_path):
     engine = OfflineEngine(TINY, **SETTINGS, decode_pipeline_folder=str(tmp_path))

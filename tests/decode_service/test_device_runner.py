@@ -79,7 +79,7 @@ def test_preempted_sequences_go_on_where_they_were():
     def made():
         return [make_request(ids, max_tokens=11, **p) for ids, p in zip(prompts, params, strict=True)]
 
-    calm = device_engine(block_size=8).run_all(made())
+    calm = HandTurnedEngine(block_size=8).run_all(made())
     tight = device_engine(num_blocks=4, block_size=8)
     assert tight.run_all(made()) == calm
     assert tight.scheduler.num_preemptions > 0

@@ -91,7 +91,10 @@ def test_a_client_that_is_killed_leaves_no_block_on_either_side(services):
 @pytest.mark.promise(4)
 @pytest.mark.parametrize("stopped", [pytest.param("prefill", marks=pytest.mark.slow), "decode"])
 def test_a_stopped_worker_is_noticed_and_comes_back(stopped):
-    with running_services() as services, grpc.insecure_channel(services.router.address) as channel:
+    with (
+        running_services(router_args=("--replace-wait-s", "0")) as services,
+        grpc.insecure_channel(services.router.address) as channel,
+    ):
         stub = router_pb2_grpc.RouterServiceStub(channel)
         request = router_pb2.GenerateRequest(prompt="Return", sampling=GREEDY)
         request.stopping.max_tokens = 1900

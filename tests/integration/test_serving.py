@@ -162,7 +162,7 @@ def mixed_requests(count: int) -> list[dict]:
 
 @pytest.mark.promise(12)
 async def test_concurrent_requests_get_the_tokens_they_get_alone():
-    requests = mixed_requests(80)
+    requests = mixed_requests(40)
     async with RealCluster(num_prefill=2, num_decode=2, decode_num_blocks=400).running() as cluster:
         together = await asyncio.gather(*(cluster.generate(timeout=60.0, **request) for request in requests))
     async with RealCluster(num_prefill=0, prefix_cache=False).running() as cluster:

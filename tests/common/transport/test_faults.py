@@ -35,8 +35,14 @@ async def ship_once_it_is_back(registry: PairRegistry, endpoint: str) -> Attempt
                 await asyncio.sleep(0.05)
 
 
+FAULTS = [
+    pytest.param(signal.SIGKILL, id="SIGKILL"),
+    pytest.param(signal.SIGSTOP, id="SIGSTOP", marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.promise(9, 16)
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS)
 async def test_decode_survives_its_prefill_worker(serve, spawn, fault) -> None:
     engine = child.engine()
     pairs = PairServer(DECODE, engine, DecodeConfig(**child.CHUNKS), transports=GLOO)
@@ -79,7 +85,7 @@ async def test_a_process_that_ends_without_closing_its_pairs_ends_well(serve, sp
 
 
 @pytest.mark.promise(3, 9)
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", FAULTS)
 async def test_prefill_survives_its_decode_worker(spawn, fault) -> None:
     registry = PairRegistry(PREFILL, child.cache(), PrefillConfig(), transports=GLOO)
     decode = spawn(*MODULE, "decode", "127.0.0.1:0")

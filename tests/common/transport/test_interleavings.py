@@ -257,7 +257,9 @@ def test_a_fence_stops_the_older_attempt_and_lets_the_newer_commit(window: int) 
     assert endings == {never, in_time, too_late}
 
 
-@pytest.mark.parametrize("other", ["cancel", "corrupt", "break at decode"])
+@pytest.mark.parametrize(
+    "other", ["corrupt", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cancel", "break at decode"))]
+)
 def test_a_fence_together_with_another_fault(other: str) -> None:
     num_worlds, _ = walk(World.start(1, {A: 1, A_AGAIN: 1}, ["fence", other]))
     assert num_worlds > 1000
