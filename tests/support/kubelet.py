@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.support.manifests import Container, Manifests, Object, arguments, config_files, environment
 from tests.support.sandbox import Sandbox
 
-_START_S = 120.0
+_START_S = 100.0
 
 
 class Pod:

@@ -89,7 +89,8 @@ class Kubernetes:
         before_start(list(self.all_pods))
         for pod in self.all_pods:
             pod.start()
-        for pod in self.all_pods:
+        # Routers wait for workers, so of a worker that fails it is told first.
+        for pod in sorted(self.all_pods, key=lambda pod: pod.name.startswith("router")):
             pod.wait_until_ready()
 
     def address(self, service: str) -> str:
