@@ -29,6 +29,8 @@ def obstacle() -> str:
     """Why this machine can run none; empty if it can."""
     if shutil.which("bwrap") is None:
         return "there is no bwrap (package bubblewrap)"
+    if sys.prefix.startswith("/tmp/"):
+        return "this Python lies in /tmp, in the place of which a container has a folder of its own"
     tried = subprocess.run([*_base(Path("/etc/hosts")), "true"], capture_output=True, text=True)
     return tried.stderr.strip()
 
