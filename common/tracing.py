@@ -36,6 +36,8 @@ DECODE = "pdserve.v1.DecodeService/Decode"
 PREFILL = "pdserve.v1.PrefillService/Prefill"
 
 Attribute = str | bool | int | float
+# W3C's fields of a call's metadata that name its trace.
+TRACE_FIELDS = ("traceparent", "tracestate")
 # What a caller sent along with its call, by names in small letters.
 Metadata = Iterable[tuple[str, str | bytes]]
 

@@ -14,7 +14,7 @@ from common import logs
 from common.config import RouterConfig
 from common.errors import DeadlineExceeded, Unavailable
 from common.identities import Caller
-from common.tracing import GENERATE, Metadata
+from common.tracing import GENERATE, TRACE_FIELDS, Metadata
 from pdserve.v1 import router_pb2
 from router.fleet import ServedModel
 from router.in_flight import InFlight
@@ -72,10 +72,14 @@ class Generations:
         return model
 
     def arrival(self, host: str, caller: Caller | None, *, timeout_s: float | None, metadata: Metadata = ()) -> Arrival:
-        """Of a request that has just come in from `host`. `timeout_s` None: max_request_s."""
+        """Of a request that has just come in from `host`. `timeout_s` None: max_request_s.
+
+        Of `metadata` the trace is kept and nothing else: a caller's token is in there too.
+        """
+        trace = tuple((name, value) for name, value in metadata if name in TRACE_FIELDS)
         now_s = self._parts.clock()
         deadline_s = now_s + (self._config.max_request_s if timeout_s is None else timeout_s)
-        return Arrival(caller.name if caller and caller.name else host, now_s, deadline_s, caller, metadata)
+        return Arrival(caller.name if caller and caller.name else host, now_s, deadline_s, caller, trace)
 
     @contextlib.asynccontextmanager
     async def admitted(self, message: router_pb2.GenerateRequest, arrival: Arrival) -> AsyncIterator[Generation]:
@@ -84,7 +88,7 @@ class Generations:
         Raises what `Intake` and `InFlight` raise, and DeadlineExceeded.
         """
         timeout_s = arrival.deadline_s - self._parts.clock()
-        span = self._parts.tracer.serving(GENERATE, arrival.metadata, start_s=arrival.received_s)
+        span = self._parts.tracer.serving(GENERATE, arrival.trace, start_s=arrival.received_s)
         record = Record(arrival, self._config, self._parts.metrics, span, self._parts.clock)
         with logs.bound(**span.log_fields), span, record, _as_deadline_exceeded(arrival):
             record.request_id = self.intake.check(message)

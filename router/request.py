@@ -20,8 +20,8 @@ class Arrival(NamedTuple):
     deadline_s: float
     # None: callers are not told apart.
     caller: Caller | None = None
-    # Sent along with the request; a trace that it is part of is named there.
-    metadata: Metadata = ()
+    # `TRACE_FIELDS` of what was sent along.
+    trace: Metadata = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ import math
 from common.address import Address
 from pdserve.access import TOKEN_FILE, VARIABLES, Access
 
+DEFAULT_ROUTER = "127.0.0.1:50051"
+
 
 def address(text: str) -> str:
     """HOST:PORT of a service to dial."""
@@ -67,11 +69,22 @@ def access_of(args: argparse.Namespace) -> Access:
     return Access.from_environment(**{name: getattr(args, name) or "" for name in names})
 
 
+def add_routers(parser: argparse.ArgumentParser, purpose: str) -> None:
+    parser.add_argument(
+        "--router",
+        type=address,
+        nargs="+",
+        default=[DEFAULT_ROUTER],
+        metavar="HOST:PORT",
+        help=f"routers {purpose} (default: {DEFAULT_ROUTER})",
+    )
+
+
 def add_router(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router",
         type=addresses,
-        default="127.0.0.1:50051",
+        default=DEFAULT_ROUTER,
         metavar="HOST:PORT",
         help="the router to ask, or several with commas in between (default: %(default)s)",
     )

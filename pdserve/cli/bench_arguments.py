@@ -16,22 +16,14 @@ from pdserve.bench.lengths import Lengths
 from pdserve.bench.load import Point
 from pdserve.bench.prompt_file import read_prompts
 from pdserve.bench.workload import Workload
-from pdserve.cli.arguments import add_access, address, seconds
+from pdserve.cli.arguments import add_access, add_routers, seconds
 
-DEFAULT_ROUTER = "127.0.0.1:50051"
 DEFAULT_CONCURRENCY = 8
 DEFAULT_DURATION_S = 20.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--router",
-        type=address,
-        nargs="+",
-        default=[DEFAULT_ROUTER],
-        metavar="HOST:PORT",
-        help=f"routers to load, in turn (default: {DEFAULT_ROUTER})",
-    )
+    add_routers(parser, "to load, in turn")
     load = parser.add_argument_group("load", "several values of --rate or --concurrency are measured one after another")
     kind = load.add_mutually_exclusive_group()
     kind.add_argument(

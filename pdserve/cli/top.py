@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from common.settings import ConfigError
-from pdserve.cli.arguments import access_of, add_access, address, seconds
+from pdserve.cli.arguments import access_of, add_access, add_routers, seconds
 from pdserve.cli.failures import one_line
 from pdserve.cli.terminal import console
 from pdserve.top.keys import keys_told_to
@@ -20,19 +20,11 @@ from pdserve.top.screen import frame
 from pdserve.top.sorting import ORDERS, next_order
 from pdserve.top.watching import Watching
 
-DEFAULT_ROUTER = "127.0.0.1:50051"
 SVG_WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--router",
-        type=address,
-        nargs="+",
-        default=[DEFAULT_ROUTER],
-        metavar="HOST:PORT",
-        help=f"routers to watch (default: {DEFAULT_ROUTER})",
-    )
+    add_routers(parser, "to watch")
     parser.add_argument(
         "--interval", type=seconds, default=1.0, metavar="SECONDS", help="ask anew this often (default: %(default)g)"
     )
